@@ -1,0 +1,223 @@
+"""Train RetinaNet in tinygrad.
+
+With no arguments it fine-tunes the small detector that ships with the code to shapes it has never seen: a few minutes on a laptop's processor.
+With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or Pascal VOC (Annotations/, JPEGImages/), whichever is there.
+tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
+import os, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from extra import require_device
+from extra.errors import UserError, exit_on_user_error
+from extra.training.config import as_dict, describe, option, parse, recall, show_size, size
+from tinygrad import Context, Tensor, dtypes
+from tinygrad.nn.state import get_state_dict
+from extra.datasets import open_dataset
+from extra.datasets.loader import Loader
+from extra.datasets.subset import Subset
+from extra.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter, scale_jitter
+from extra.detection.anchors import anchors, level_sizes
+from extra.detection.coco_metric import CocoMetric
+from extra.detection.evaluation import evaluate
+from extra.detection.losses import BOX_LOSSES, detection_losses
+from extra.detection.matcher import match
+from extra.models import resnet, retinanet
+from extra.models.preprocess import normalize
+from extra.nn.layers import NORMS
+from extra.training import checkpoint, optim
+from extra.training.loop import jit, make_step, train
+from extra.training.parallel import devices, replicate, to_devices
+from extra.training.precision import DTYPES
+from extra.training.tracking import Tracker, duration
+from extra.training.weights import load_run, load_weights, save_run, save_weights
+
+# ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+def numbers(text: str) -> tuple[int, ...]:
+  try: return tuple(int(word) for word in text.split(",") if word)
+  except ValueError: raise ValueError("expected whole numbers with commas, such as 16,22") from None
+
+
+@dataclass
+class Config:
+  data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
+  size: tuple = option((128, 128), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
+                       show=show_size, group="data")
+  max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0, group="data")
+  flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
+  scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
+  photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
+  workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
+  overfit: int = option(0, "train and evaluate on this many training pictures, unchanged: a new model should learn them by heart", minimum=0, group="data")
+
+  backbone: str = option("resnet10_quarter", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="model")
+  variant: str = option("v1", "torchvision's RetinaNet v1, or v2: P6 from C5, group norm in the heads", choices=("v1", "v2"), group="model")
+  norm: str = option("frozen", "the backbone's norm layers: frozen to fine-tune, batch or group to train from scratch", choices=tuple(NORMS), group="model")
+  weights: str = option("none", "where to start: none, shapes (ships with the code), or a .safetensors file of a run", group="model")
+  trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top", minimum=0, maximum=5, group="model")
+  box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
+
+  bs: int = option(16, "pictures a step, over all devices", minimum=1, group="training")
+  epochs: int = option(4, "passes over the training pictures", minimum=0, group="training")
+  optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
+  lr: float = option(2e-3, "learning rate after the warm-up", minimum=0, group="training")
+  momentum: float = option(0.9, "of SGD", minimum=0, maximum=1, group="training")
+  weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
+  norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
+  schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
+  milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=numbers,
+                             show=lambda v: ",".join(map(str, v)) or "none", group="training")
+  warmup: float = option(0.2, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
+  accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
+  clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
+  ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1, group="training")
+  dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
+  gpus: int = option(1, "devices to divide the batch among", minimum=1, group="training")
+  seed: int = option(0, "of weights, data order and augmentation", minimum=0, group="training")
+
+  eval_every: int = option(1, "epochs between evaluations", minimum=1, group="run")
+  target: float | None = option(None, "mAP to reach, as 0.34; drawn beside the curve", minimum=0, maximum=1, group="run")
+  stop_at_target: bool = option(False, "end the run at the first evaluation that reaches --target", group="run")
+  out: str = option("runs", "folder of all runs", group="run")
+  run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")
+  resume: str | None = option(None, "go on with the run in this folder", group="run")
+  log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
+  pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
+  wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
+                             choices=("online", "offline", "disabled"), group="run")
+  project: str = option("tinygrad-retinanet", "wandb's project", group="run")
+
+
+PRESETS = {
+  "demo": {"weights": "shapes", "target": 0.6},
+  # torchvision's references/detection: 8 GPUs x 2 images, SGD 0.01, 26 epochs
+  "coco": {"data": "coco", "size": (800, 800), "max_size": 1333, "backbone": "resnet50", "weights": "imagenet", "trainable_layers": 3, "bs": 16,
+           "epochs": 26, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (16, 22),
+           "warmup": 0.136, "target": 0.364, "workers": 8, "log_every": 50},
+  # MLCommons training: 800x800, Adam 1e-4, one epoch of warm-up, until mAP 0.34
+  "mlperf": {"data": "openimages-mlperf", "size": (800, 800), "backbone": "resnext50_32x4d", "weights": "imagenet", "trainable_layers": 3, "bs": 256,
+             "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": 1.0, "target": 0.34, "stop_at_target": True, "workers": 8,
+             "dtype": "bf16", "log_every": 50}}
+
+
+def main(config: Config) -> None:
+  started = time.monotonic()
+  gpus = devices(config.gpus)
+  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
+
+  # ---------------------------------------------------------------------------------------------------------------------------- data
+  size_option = {"size": max(config.size)} if config.data.startswith("shapes") else {}
+  train_set = open_dataset(config.data, "train", **({**size_option, "count": 800} if size_option else {}))
+  val_set = train_set if config.overfit else open_dataset(config.data, "val", **({**size_option, "count": 256} if size_option else {}))
+  if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
+  if config.overfit: train_set = val_set = Subset(train_set, config.overfit)
+  for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
+
+  width, height = config.size
+  if config.max_size: width = height = -(-config.max_size // 32) * 32
+  fit = [resize_shorter(min(config.size), config.max_size), pad_to(height, width)] if config.max_size else [resize(height, width)]
+  augment = [] if config.overfit else [photometric_jitter()] * config.photometric + [horizontal_flip(config.flip)] * (config.flip > 0)
+  if config.scale_jitter and not config.overfit: augment, fit_train = [*augment, scale_jitter(0.5, 2.0, height, width)], []
+  else: fit_train = fit
+  train_loader = Loader(train_set, config.bs, compose(*fit_train, *augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers)
+  val_loader = Loader(val_set, config.bs, compose(*fit), workers=config.workers)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- model
+  name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
+  model = retinanet.build(name, len(train_set.class_names), config.norm, config.seed)
+  notes = load_weights(config.weights, model) if config.weights != "none" and config.resume is None else []
+  retinanet.freeze(model, config.trainable_layers)
+  tensors = get_state_dict(model)
+  params = {key: t for key, t in tensors.items() if t.is_param}
+  buffers = [t for t in tensors.values() if not t.is_param]
+  steps = len(train_loader) // config.accumulate
+  rate = optim.schedule(config.schedule, config.lr, steps * config.epochs, warmup_steps=round(config.warmup * steps),
+                        milestones=[m * steps for m in config.milestones])
+  optimizer = optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                              norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema)
+  resumed = {}
+  if config.resume is not None:
+    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is in that folder")
+    resumed = load_run(path, model, optimizer)
+  level_anchors = Tensor(anchors(height, width))
+  replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
+
+  def losses(images: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    classes, matched = match(level_anchors, boxes, labels)
+    outputs = model(normalize(images, DTYPES[config.dtype]))
+    classification, regression = detection_losses(*outputs, level_anchors, classes, matched, config.box_loss)
+    return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
+
+  step = make_step(losses, optimizer, buffers, config.accumulate)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- log
+  runs, run_name = Path(config.out), config.run_name or f"{Path(config.data.replace(':', '-')).name}-{config.backbone}"
+  if config.resume is not None: runs, run_name = Path(config.resume).parent, Path(config.resume).name
+  tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, target=config.target, mode=config.wandb,
+                    resume_id=resumed.get("run_id"))
+  about = {"model": name, "norm": config.norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
+           "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config), "run_id": tracker.id}
+  print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
+        f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
+  print(f"settings: {describe(config) or 'the defaults'}")
+  for note in notes: print(f"note: {note}")
+  print(f"run: {tracker.folder}   (the first step compiles: about a minute on a processor)")
+
+  # ---------------------------------------------------------------------------------------------------------------------------- evaluation
+  @jit
+  def forward(images: Tensor) -> tuple[Tensor, ...]:
+    with Context(TRAINING=0): return tuple(t.float().contiguous() for t in model(normalize(images, DTYPES[config.dtype])))
+
+  best, result = resumed.get("best_mAP", -1.0), None
+
+  def draw(batch, detections) -> None:
+    for i in range(min(config.pictures - len(drawn), len(batch.image_ids))):
+      kept = (detections.scores[i] > 0.3).sum()
+      known = batch.labels[i] >= 0
+      drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known],
+                                   detections.boxes[i, :kept], detections.labels[i, :kept], detections.scores[i, :kept], train_set.class_names, done_steps))
+
+  def after_epoch(epoch: int, done: int) -> bool:
+    """Evaluate, draw, save; True ends the run."""
+    nonlocal best, result, done_steps
+    if epoch % config.eval_every and epoch < config.epochs: return False
+    done_steps = done
+    drawn.clear()
+    begun = time.monotonic()
+    with optimizer.averaged():
+      metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), Tensor(anchors(height, width)),
+                        level_sizes(height, width), CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
+      result = metric.compute()
+      state = about | {"epoch": epoch, "step": done, "mAP": result.metrics["mAP"], "best_mAP": max(best, result.metrics["mAP"])}
+      if result.metrics["mAP"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state)
+    values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
+    tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
+    print(f"epoch {epoch}: mAP {result.metrics['mAP']:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
+    best = max(best, result.metrics["mAP"])
+    save_run(tracker.folder / f"checkpoint-{done}.safetensors", model, optimizer, state)
+    for old in sorted(tracker.folder.glob("checkpoint-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))[:-2]: old.unlink()
+    return config.stop_at_target and config.target is not None and best >= config.target
+
+  # ---------------------------------------------------------------------------------------------------------------------------- loop
+  drawn, done_steps = [], resumed.get("step", 0)
+  try:
+    train(step, train_loader, lambda batch: tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels)), tracker,
+          epochs=config.epochs, start=done_steps, log_every=config.log_every, after_epoch=after_epoch)
+    if result is None: after_epoch(config.epochs, done_steps)
+    print(result.table, end="")
+    print(f"best mAP {best:.4f}" + ("" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}") +
+          f"; {duration(time.monotonic() - started)} in all")
+    print(f"pictures: {tracker.folder / 'pictures'}   weights: {tracker.folder / 'best.safetensors'}")
+    tracker.summary({f"final/{key}": value for key, value in result.metrics.items()} | {"minutes": (time.monotonic() - started) / 60})
+  finally:
+    train_loader.close()
+    val_loader.close()
+    tracker.finish()
+
+
+if __name__ == "__main__":
+  with exit_on_user_error():
+    config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
+    if config.resume is not None: config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    require_device()
+    main(config)

@@ -1,0 +1,24 @@
+"""The first pictures of a data set, as a data set."""
+from typing import Any
+from extra.datasets.sample import Sample
+
+
+class Subset:
+  """The first `count` images of `dataset`, with everything else as it is there."""
+  def __init__(self, dataset: Any, count: int):
+    self.dataset, self.count = dataset, min(count, len(dataset))
+    self.name, self.class_names, self.category_ids = dataset.name, dataset.class_names, dataset.category_ids
+    self.max_boxes, self.warnings = dataset.max_boxes, dataset.warnings
+
+  def __len__(self) -> int: return self.count
+
+  def __getitem__(self, index: int) -> Sample: return self.dataset[range(self.count)[index]]
+
+  def image_name(self, index: int) -> str: return self.dataset.image_name(index)
+
+  def ground_truth(self) -> dict:
+    """The images' part of the data set's ground truth, in COCO form."""
+    truth = self.dataset.ground_truth()
+    images = truth["images"][:self.count]
+    kept = {image["id"] for image in images}
+    return truth | {"images": images, "annotations": [a for a in truth["annotations"] if a["image_id"] in kept]}

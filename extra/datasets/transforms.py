@@ -1,0 +1,154 @@
+"""Transforms of a `Sample`: each function here returns `(Sample, np.random.Generator) -> Sample` and never changes its input.
+
+They are `functools.partial` objects of module functions, not closures, so that a loader can send them to its worker processes.
+"""
+import math
+from dataclasses import replace
+from functools import partial
+from collections.abc import Callable
+import numpy as np
+from PIL import Image, ImageStat
+from extra.datasets.sample import Sample
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+MEAN_GREY = (124, 116, 104)  # mean colour of ImageNet: zero after the usual normalisation
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def compose(*transforms: Transform) -> Transform:
+  """The given transforms one after the other; `compose()` is the identity."""
+  return partial(_compose, transforms)
+
+
+def resize(height: int, width: int) -> Transform:
+  """Stretch the picture to exactly `height` x `width` pixels (aspect ratio not kept); bilinear with antialiasing."""
+  return partial(_resize, height, width)
+
+
+def resize_shorter(shorter: int, maximum: int) -> Transform:
+  """Resize, keeping the aspect ratio, to `shorter` pixels on the shorter side, or to `maximum` on the longer one where it would be longer.
+
+  The other side is rounded down, as in torchvision's GeneralizedRCNNTransform. Follow with `pad_to` for a fixed canvas.
+  """
+  return partial(_resize_shorter, shorter, maximum)
+
+
+def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> Transform:
+  """Put the picture at the top left of a `height` x `width` canvas of colour `fill`; `content_size` keeps the picture's size.
+
+  Raises ValueError when the picture is larger than the canvas.
+  """
+  return partial(_pad_to, height, width, fill)
+
+
+def horizontal_flip(p: float = 0.5) -> Transform:
+  """Mirror the picture left to right with probability `p`; padding stays where it is."""
+  return partial(_horizontal_flip, p)
+
+
+def scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> Transform:
+  """Large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3; torchvision's ScaleJitter and FixedSizeCrop).
+
+  The picture is resized, keeping its aspect ratio, to a uniform random factor in [`low`, `high`] of the largest size that fits the
+  `height` x `width` canvas; what is larger than the canvas is cropped at a random place, what is smaller is padded at the right and bottom.
+  Boxes are clipped; those left with less than a tenth of their area, or less than 1 pixel on a side, are dropped.
+  """
+  return partial(_scale_jitter, low, high, height, width, fill)
+
+
+def photometric_jitter(brightness: float = 0.125, contrast: float = 0.5, saturation: float = 0.5, hue: float = 0.05, p: float = 0.5) -> Transform:
+  """Random brightness, contrast, saturation and hue, each with probability `p`; defaults are torchvision's RandomPhotometricDistort.
+
+  Factors are uniform in [1 - x, 1 + x]; `hue` is in turns. Contrast comes before or after the colour changes with equal chance. Each step is linear
+  in the colour (hue: a rotation about the grey axis that keeps the luma), so all are joined in one colour matrix and clipped once, at the end.
+  """
+  return partial(_photometric_jitter, brightness, contrast, saturation, hue, p)
+
+
+def _compose(transforms: tuple[Transform, ...], sample: Sample, rng: np.random.Generator) -> Sample:
+  for transform in transforms: sample = transform(sample, rng)
+  return sample
+
+
+def _content(sample: Sample) -> np.ndarray:
+  return sample.image[:sample.content_size[0], :sample.content_size[1]]
+
+
+def _resize(height: int, width: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  image = _content(sample) if (h, w) == (height, width) else \
+    np.asarray(Image.fromarray(_content(sample)).resize((width, height), Image.Resampling.BILINEAR))
+  boxes = sample.boxes * np.array([width / w, height / h] * 2, np.float32)
+  return replace(sample, image=image, boxes=boxes, content_size=(height, width))
+
+
+def _resize_shorter(shorter: int, maximum: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  top, bottom = (shorter, min(h, w)) if shorter * max(h, w) <= maximum * min(h, w) else (maximum, max(h, w))
+  return _resize(max(1, h * top // bottom), max(1, w * top // bottom), sample, rng)
+
+
+def _pad_to(height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  if h > height or w > width: raise ValueError(f"a picture of {h}x{w} pixels does not fit a canvas of {height}x{width}")
+  image = np.empty((height, width, 3), np.uint8)
+  image[:h, :w], image[h:], image[:h, w:] = _content(sample), fill, fill
+  return replace(sample, image=image)
+
+
+def _horizontal_flip(p: float, sample: Sample, rng: np.random.Generator) -> Sample:
+  if rng.random() >= p: return sample
+  width, image, boxes = sample.content_size[1], sample.image.copy(), sample.boxes.copy()
+  mirrored = Image.fromarray(_content(sample)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # three times as fast as numpy's [:, ::-1]
+  image[:sample.content_size[0], :width] = np.asarray(mirrored)
+  boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
+  return replace(sample, image=image, boxes=boxes)
+
+
+def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  scale = min(height / h, width / w) * rng.uniform(low, high)
+  full_h, full_w = max(1, int(h * scale)), max(1, int(w * scale))
+  new_h, new_w = min(full_h, height), min(full_w, width)
+  top, left = (int(x) for x in rng.integers(0, [full_h - new_h + 1, full_w - new_w + 1]))
+  window = (left * w / full_w, top * h / full_h, min((left + new_w) * w / full_w, w), min((top + new_h) * h / full_h, h))
+  picture = Image.fromarray(_content(sample)).resize((new_w, new_h), Image.Resampling.BILINEAR, box=window)
+
+  whole = sample.boxes * np.array([full_w / w, full_h / h] * 2, np.float32) - np.array([left, top] * 2, np.float32)
+  boxes = whole.clip(0, np.array([new_w, new_h] * 2, np.float32))
+  sides, whole_sides = boxes[:, 2:] - boxes[:, :2], whole[:, 2:] - whole[:, :2]
+  keep = (sides.min(1, initial=np.inf) >= 1) & (sides.prod(1) >= 0.1 * whole_sides.prod(1))
+  cropped = replace(sample, image=np.asarray(picture), boxes=boxes[keep], labels=sample.labels[keep], content_size=(new_h, new_w))
+  return _pad_to(height, width, fill, cropped, rng)
+
+
+def _photometric_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float,
+                        sample: Sample, rng: np.random.Generator) -> Sample:
+  limits = np.array([brightness, contrast, saturation, hue])
+  change = np.where(rng.random(4) < p, rng.uniform(-limits, limits), 0)
+  contrast_first = rng.random() < 0.5
+  if not change.any(): return sample
+  picture = Image.fromarray(_content(sample))
+  matrix = colour_matrix(np.array(ImageStat.Stat(picture).mean), *change, contrast_first=contrast_first)
+  image = sample.image.copy()
+  image[:sample.content_size[0], :sample.content_size[1]] = np.asarray(picture.convert("RGB", tuple(matrix.ravel())))
+  return replace(sample, image=image)
+
+
+def colour_matrix(mean: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, *, contrast_first: bool) -> np.ndarray:
+  """The affine map f64 [3,4] of RGB that scales brightness, contrast and saturation by 1 + x and turns the hue by `hue` turns.
+
+  `mean` f64 [3] is the picture's mean colour: contrast scales the distance to its luma.
+  """
+  linear, offset = np.eye(3) * (1 + brightness), np.zeros(3)
+  grey = np.outer(np.ones(3), LUMA)
+  axis, angle = np.ones(3) / math.sqrt(3), 2 * math.pi * hue
+  turn = np.eye(3) * math.cos(angle) + np.outer(axis, axis) * (1 - math.cos(angle)) + np.cross(axis, np.eye(3)).T * math.sin(angle)
+  turn += np.outer(np.ones(3), LUMA - LUMA @ turn)
+  colour = turn @ (grey + (np.eye(3) - grey) * (1 + saturation))
+  for step in ("contrast", "colour") if contrast_first else ("colour", "contrast"):
+    if step == "colour": linear, offset = colour @ linear, colour @ offset
+    else:
+      luma = LUMA @ (linear @ mean + offset)
+      linear, offset = linear * (1 + contrast), offset * (1 + contrast) - luma * contrast
+  return np.concatenate([linear, offset[:, None]], 1)

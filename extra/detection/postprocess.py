@@ -1,0 +1,268 @@
+"""From raw head outputs to detections: score threshold, top-k a level, decode, clip, class-wise NMS (torchvision `RetinaNet.postprocess_detections`).
+
+Two forms give the same detections. The device form is tinygrad only, in fixed shapes, so that logits never leave the GPU. The host form is numpy,
+several times faster than the device form where the device is the CPU anyway.
+
+Candidates rank by their float32 logit, the higher first, and equal logits by position (level, then anchor, then class; the lower first). The sigmoid
+never falls, so this ranks scores too, and a device's own rounding of `exp` cannot reorder them. -0.0 equals 0.0.
+"""
+import functools, itertools
+from dataclasses import dataclass
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+from extra.detection import boxes as box_ops
+
+CHUNK = 128              # keys counted together when compacting: longer chunks cost work in each, shorter ones cost work across them
+DIGIT_BITS = 4           # bits of the k-th key found by one pass over all keys
+SUPPRESS_STEPS = 8       # NMS iterations between two looks at convergence from the host
+
+
+@dataclass
+class Detections:
+  """Detections of a batch, best first, padded to the D of `max_detections`; numpy arrays."""
+  boxes: np.ndarray   # f32 [B,D,4] xyxy in pixels of the network input; 0 where padded
+  scores: np.ndarray  # f32 [B,D]; 0 where padded
+  labels: np.ndarray  # i32 [B,D] in 0..K-1; -1 where padded
+  counts: np.ndarray  # i32 [B] detections of each image
+
+
+def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_sizes: list[int], sizes: np.ndarray, *, score_threshold: float = 0.05,
+           topk: int = 1000, nms_threshold: float = 0.5, max_detections: int = 300, on_host: bool | None = None) -> Detections:
+  """Detections of a batch from the head outputs (torchvision `RetinaNet.postprocess_detections`).
+
+  An image's candidates are, of each pyramid level, the best `topk` (anchor, class) pairs whose float32 score exceeds `score_threshold`. Their boxes
+  are decoded and clipped to the picture; a box that overlaps a better one of its class with an IoU above `nms_threshold` goes; the best
+  `max_detections` stay. Boxes that clipping left without area overlap nothing.
+
+  Args:
+    cls_logits: float [B,A,K], class scores before the sigmoid; on any device, or sharded on axis 0.
+    bbox_regression: float [B,A,4], deltas; placed as `cls_logits`.
+    anchors: f32 [A,4] xyxy in pixels of the network input, levels one after the other.
+    level_sizes: anchors of each level; they sum to A.
+    sizes: int [B,2], height and width of the picture inside the padded canvas.
+    on_host: True for the numpy form, False for the device form; by default numpy where the device is the CPU.
+  """
+  assert sum(level_sizes) == cls_logits.shape[1] == anchors.shape[0], f"{level_sizes=} do not sum to the {cls_logits.shape[1]} anchors"
+  device = cls_logits.device
+  if on_host is None: on_host = (device if isinstance(device, str) else device[0]).startswith("CPU")
+  minimum = lowest_logit(score_threshold)
+  if on_host:
+    logits, deltas, anchors = cls_logits.float().numpy(), bbox_regression.float().numpy(), anchors.numpy()
+    found = [_detect_on_host(l, d, anchors, level_sizes, s, minimum, topk, nms_threshold, max_detections) for l, d, s in zip(logits, deltas, sizes)]
+    return _pad(*zip(*found), max_detections)
+  candidates, suppress = _graphs(tuple(level_sizes), cls_logits.shape, cls_logits.dtype, bbox_regression.dtype, device, minimum, topk, nms_threshold,
+                                 max_detections)
+  pictures = Tensor(np.asarray(sizes, np.float32)).shard_like(cls_logits)
+  *state, keep = candidates(cls_logits.contiguous(), bbox_regression.contiguous(), anchors.to(device).contiguous(), pictures)
+  while True:
+    keep, converged, *result = suppress(*state, keep)
+    if converged.numpy().all(): break
+  boxes, logits, labels, counts = (t.numpy() for t in result)
+  return _pad(*([x[:n] for x, n in zip(t, counts)] for t in (boxes, logits, labels)), max_detections)
+
+
+def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray) -> Detections:
+  """`detections` with boxes in pixels of the original pictures.
+
+  `sizes` int [B,2] are the heights and widths of the pictures inside the network input, `original_sizes` int [B,2] those of their files."""
+  ratio = np.asarray(original_sizes, np.float32) / np.asarray(sizes, np.float32)
+  return Detections(detections.boxes * ratio[:, None, [1, 0, 1, 0]], detections.scores, detections.labels, detections.counts)
+
+
+@functools.cache
+def lowest_logit(score_threshold: float) -> float:
+  """The lowest float32 logit whose float32 score exceeds float32(`score_threshold`); NaN, which nothing reaches, if none does."""
+  low, high = _keys(np.float32([-np.inf, np.inf])).tolist()
+  while low <= high:
+    middle = (low + high) // 2
+    if _scores(_from_key(middle)) > np.float32(score_threshold): high = middle - 1
+    else: low = middle + 1
+  return float(_from_key(low)) if low <= int(_keys(np.float32([np.inf]))[0]) else float("nan")
+
+
+def _keys(x: np.ndarray) -> np.ndarray:
+  """Integers, int64, in the order of the float32 `x`, one step for each representable number."""
+  bits = x.view(np.int32).astype(np.int64)
+  return np.where(bits < 0, -(bits & 0x7fffffff), bits)
+
+
+def _from_key(key: int) -> np.float32:
+  return np.copysign(np.int32(abs(key)).view(np.float32), np.float32(key))
+
+
+def _scores(logits: np.ndarray) -> np.ndarray:
+  """Correctly rounded sigmoid of float32 `logits`, so that every device reports the same scores."""
+  with np.errstate(over="ignore"): return (1 / (1 + np.exp(-np.float64(logits)))).astype(np.float32)
+
+
+def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndarray], max_detections: int) -> Detections:
+  counts = np.array([len(x) for x in logits], np.int32)
+  padded = Detections(np.zeros((len(counts), max_detections, 4), np.float32), np.zeros((len(counts), max_detections), np.float32),
+                      np.full((len(counts), max_detections), -1, np.int32), counts)
+  for i, n in enumerate(counts): padded.boxes[i, :n], padded.scores[i, :n], padded.labels[i, :n] = boxes[i], _scores(logits[i]), labels[i]
+  return padded
+
+
+# ---- host form
+
+def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, minimum: float, topk: int,
+                    nms_threshold: float, max_detections: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """One image: boxes [n,4], logits [n] and labels [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
+  num_classes, start, found = logits.shape[1], 0, []
+  for n in level_sizes:
+    # a level's best k entries lie in the k rows with the best maxima
+    rows = start + _largest(logits[start:start + n].max(1), minimum, topk)
+    best = _largest(logits[rows].reshape(-1), minimum, topk)
+    found.append(rows[best // num_classes] * num_classes + best % num_classes)
+    start += n
+  index = np.concatenate(found)
+  index = index[np.argsort(-logits.reshape(-1)[index], kind="stable")]
+  anchor, labels = index // num_classes, index % num_classes
+  boxes = _decode_and_clip(deltas[anchor], anchors[anchor], size)
+  keep = _nms(boxes, labels, nms_threshold, max_detections)
+  return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep]
+
+
+def _largest(x: np.ndarray, minimum: float, k: int) -> np.ndarray:
+  """Ascending positions of the `k` largest of `x` [n] that reach `minimum`, the earlier among equals."""
+  kept = np.flatnonzero(x >= minimum)
+  if len(kept) <= k: return kept
+  values = x[kept]
+  kth = np.partition(values, -k)[-k]
+  better, equal = np.flatnonzero(values > kth), np.flatnonzero(values == kth)
+  return kept[np.sort(np.concatenate([better, equal[:k - len(better)]]))]
+
+
+def _decode_and_clip(deltas: np.ndarray, anchors: np.ndarray, size: np.ndarray) -> np.ndarray:
+  """numpy twin of `boxes.decode` and `boxes.clip`."""
+  anchor_size = anchors[:, 2:] - anchors[:, :2]
+  center = deltas[:, :2] * anchor_size + (anchors[:, :2] + np.float32(0.5) * anchor_size)
+  half = np.exp(np.minimum(deltas[:, 2:], np.float32(box_ops.MAX_LOG_SCALE))) * anchor_size * np.float32(0.5)
+  height, width = np.float32(size)
+  return np.minimum(np.maximum(np.concatenate([center - half, center + half], 1), 0), np.array([width, height, width, height], np.float32))
+
+
+def _nms(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> np.ndarray:
+  """Positions of the first `limit` of `boxes` [n,4], best first, that overlap no earlier kept one of their label with an IoU above `threshold`."""
+  by_label = np.argsort(labels, kind="stable")  # each label's boxes side by side, best first
+  place = np.argsort(by_label)                  # inverse: where a box went
+  ends = np.searchsorted(labels[by_label], labels, side="right")
+  x1, y1, x2, y2 = boxes[by_label].T.copy()
+  area, alive, keep = (x2 - x1) * (y2 - y1), np.ones(len(boxes), bool), []
+  for i in range(len(boxes)):
+    p = place[i]
+    if not alive[p]: continue
+    keep.append(i)
+    if len(keep) == limit: break
+    rest = slice(p + 1, ends[i])
+    intersection = np.maximum(np.minimum(x2[p], x2[rest]) - np.maximum(x1[p], x1[rest]), 0) * \
+                   np.maximum(np.minimum(y2[p], y2[rest]) - np.maximum(y1[p], y1[rest]), 0)
+    with np.errstate(invalid="ignore"): alive[rest] &= ~(intersection / (area[p] + area[rest] - intersection) > threshold)  # 0/0 exceeds nothing
+  return np.array(keep, np.int64)
+
+
+# ---- device form
+
+@functools.lru_cache(maxsize=4)
+def _graphs(level_sizes: tuple[int, ...], shape: tuple[int, int, int], logits_dtype: object, deltas_dtype: object, device: str | tuple[str, ...],
+            minimum: float, topk: int, nms_threshold: float, max_detections: int) -> tuple[TinyJit, TinyJit]:
+  """Captured graphs of `_candidates` and `_suppress`; the arguments are all that shapes them."""
+  candidates = TinyJit(functools.partial(_candidates, level_sizes=level_sizes, minimum=minimum, topk=topk, nms_threshold=nms_threshold))
+  suppress = TinyJit(functools.partial(_suppress, max_detections=max_detections))
+  candidates.cnt = suppress.cnt = 1  # capture on the first call: every input is realized, so there is nothing to warm up
+  return candidates, suppress
+
+
+def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, sizes: Tensor, *, level_sizes: tuple[int, ...], minimum: float,
+                topk: int, nms_threshold: float) -> tuple[Tensor, ...]:
+  """All images' candidates, best first, N = levels * topk rounded up to whole words of 32.
+
+  Returns boxes f32 [B,N,4], logits f32 [B,N], labels i32 [B,N] (-1: no candidate), suppressors u32 [B,N,N/32] (bit j of row i: j suppresses i if j is
+  kept) and keep bool [B,N], where NMS starts: all of them."""
+  B, A, K = cls_logits.shape
+  L, logits = len(level_sizes), cls_logits.float()
+  # a level's best k entries lie in the k rows with the best maxima (equal maxima: the earlier row), so only those rows are ever ranked
+  row_keys = _ordered_keys(logits.max(-1), minimum).contiguous()
+  longest = max(*level_sizes, topk)
+  rows = Tensor.stack(*[x.pad((None, (0, longest - x.shape[1]))) for x in row_keys.split(list(level_sizes), dim=1)], dim=1)
+  row = _largest_keys(rows, topk)    # [B,L,k] within its level; a short level is padded with rows that are none
+  in_level = Tensor.stack(*[row[:, l] < n for l, n in enumerate(level_sizes)], dim=1)
+  starts = (0, *itertools.accumulate(level_sizes[:-1]))
+  anchor = Tensor.stack(*[(row[:, l] + start).minimum(A - 1) for l, start in enumerate(starts)], dim=1).contiguous()
+  row_logits = logits.gather(1, anchor.reshape(B, L * topk, 1).expand(B, L * topk, K)).reshape(B, L, topk, K)
+  keys = in_level.unsqueeze(-1).where(_ordered_keys(row_logits, minimum), 0).reshape(B, L, topk * K).contiguous()
+  entry = _largest_keys(keys, topk)  # [B,L,k] in topk * K
+  N = (L * topk + 31) // 32 * 32
+  flat = lambda x: x.reshape(B, L * topk).pad((None, (0, N - L * topk))).contiguous()
+  key, anchor, label = flat(keys.gather(2, entry)), flat(anchor.gather(2, entry // K)), flat(entry % K)
+
+  position = Tensor.arange(N)
+  later, earlier = key.unsqueeze(2), key.unsqueeze(1)
+  rank = ((earlier > later) | ((earlier == later) & (position.reshape(1, 1, N) < position.reshape(1, N, 1)))).sum(-1, dtype=dtypes.int32).contiguous()
+  order = (rank.unsqueeze(1) == position.reshape(1, N, 1)).where(position.reshape(1, 1, N), 0).sum(-1, dtype=dtypes.int32).contiguous()
+  key, anchor, label = (x.gather(1, order).contiguous() for x in (key, anchor, label))
+  valid = (key > 0).contiguous()
+
+  index = anchor.unsqueeze(-1).expand(B, N, 4)
+  boxes = box_ops.decode(bbox_regression.float().gather(1, index), anchors.float().unsqueeze(0).expand(B, A, 4).gather(1, index))
+  boxes = box_ops.clip(boxes, sizes[:, 0:1], sizes[:, 1:2]).contiguous()
+  suppresses = (box_ops.iou(boxes, boxes) > nms_threshold) & (label.unsqueeze(2) == label.unsqueeze(1)) & \
+               (position.reshape(1, 1, N) < position.reshape(1, N, 1))
+  magnitude = key.bitwise_xor(1 << 31).bitcast(dtypes.int32)
+  score_logits = (magnitude < 0).where(-(-magnitude).bitcast(dtypes.float32), magnitude.bitcast(dtypes.float32))
+  return boxes, score_logits.contiguous(), valid.where(label, -1).contiguous(), _pack(suppresses).contiguous(), valid
+
+
+def _suppress(boxes: Tensor, logits: Tensor, labels: Tensor, suppressors: Tensor, keep: Tensor, *, max_detections: int) -> tuple[Tensor, ...]:
+  """A few steps of keep_i = no kept j suppresses i, from the state `_candidates` made.
+
+  Suppression only points from better to worse, so the step has one fixed point, greedy NMS, and each step settles at least one more candidate.
+  Returns keep [B,N], converged bool [B], and of the kept best boxes [B,D,4], logits [B,D], labels [B,D], counts i32 [B]."""
+  for _ in range(SUPPRESS_STEPS):
+    before, keep = keep, ((labels >= 0) & ((suppressors & _pack(keep).contiguous().unsqueeze(1)) != 0).any(-1).logical_not()).contiguous()
+  B, N = keep.shape
+  kept_so_far = keep.cumsum(1).contiguous()
+  slot = Tensor.arange(max_detections).reshape(1, max_detections, 1)
+  index = (kept_so_far.unsqueeze(1) <= slot).sum(-1, dtype=dtypes.int32).minimum(N - 1).contiguous()
+  return (keep, (keep == before).all(-1), boxes.gather(1, index.unsqueeze(-1).expand(B, max_detections, 4)), logits.gather(1, index),
+          labels.gather(1, index), kept_so_far[:, -1].minimum(max_detections).cast(dtypes.int32))
+
+
+def _ordered_keys(x: Tensor, minimum: float) -> Tensor:
+  """uint32 keys in the order of the float32 `x`; 0, which no number has, where `x` does not reach `minimum`."""
+  bits = x.bitcast(dtypes.int32)
+  signed = (bits < 0).where(-(bits & 0x7fffffff), bits)
+  return (x >= minimum).where(signed.bitcast(dtypes.uint32).bitwise_xor(1 << 31), 0)
+
+
+def _largest_keys(keys: Tensor, k: int) -> Tensor:
+  """Ascending positions i32 [B,L,k] of the `k` largest of `keys` u32 [B,L,n], the earlier among equals; n >= k."""
+  B, L, n = keys.shape
+  chunks = (n + CHUNK - 1) // CHUNK
+  keys = keys.pad((None, None, (0, chunks * CHUNK - n))).contiguous()
+  # the k-th largest key, digit by digit from the top: the largest number that at least k keys reach
+  kth = Tensor.zeros(B, L, dtype=dtypes.uint32, device=keys.device)
+  for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
+    trial = (kth.unsqueeze(-1) + Tensor.arange(1, 1 << DIGIT_BITS).cast(dtypes.uint32) * (1 << shift)).contiguous()
+    reached = (keys.unsqueeze(2) >= trial.unsqueeze(-1)).sum(-1, dtype=dtypes.int32) >= k
+    kth = (kth + reached.sum(-1, dtype=dtypes.uint32) * (1 << shift)).contiguous()
+  # running counts of the keys above and equal to it, inside each chunk and over the chunks before it
+  keys, kth = keys.reshape(B, L, chunks, CHUNK), kth.reshape(B, L, 1, 1)
+  above, equal = (keys > kth).cast(dtypes.int32), (keys == kth).cast(dtypes.int32)
+  inside = (above + equal * (CHUNK * 2)).cumsum(-1).contiguous()  # both counts in one integer
+  above_inside, equal_inside = inside % (CHUNK * 2), inside // (CHUNK * 2)
+  above_through, equal_through = above_inside[..., -1].cumsum(-1).contiguous(), equal_inside[..., -1].cumsum(-1).contiguous()
+  ties = (k - above_through[..., -1:]).contiguous()
+  chosen_through = (above_through + equal_through.minimum(ties)).contiguous()  # [B,L,chunks]
+  # slot s takes the first key by which s + 1 are chosen: first its chunk, then its place in the chunk
+  slot = Tensor.arange(k).reshape(1, 1, k, 1)
+  chunk = (chosen_through.unsqueeze(2) <= slot).sum(-1, dtype=dtypes.int32).contiguous()  # [B,L,k]
+  before = lambda through: (chunk > 0).where(through.gather(2, (chunk - 1).maximum(0)), 0).unsqueeze(-1)
+  counts = inside.gather(2, chunk.unsqueeze(-1).expand(B, L, k, CHUNK))
+  chosen = before(above_through) + counts % (CHUNK * 2) + (before(equal_through) + counts // (CHUNK * 2)).minimum(ties.unsqueeze(-1))
+  return (chunk * CHUNK + (chosen <= slot).sum(-1, dtype=dtypes.int32)).contiguous()
+
+
+def _pack(bits: Tensor) -> Tensor:
+  """bool [...,n] -> u32 [...,n/32]."""
+  return (bits.reshape(*bits.shape[:-1], -1, 32).cast(dtypes.uint32) << Tensor.arange(32).cast(dtypes.uint32)).sum(-1, dtype=dtypes.uint32)

@@ -1,0 +1,85 @@
+"""RetinaNet (Lin et al. 2017): backbone, feature pyramid, and two heads shared by all levels, with torchvision's `state_dict` keys."""
+import math
+from tinygrad import Tensor
+from tinygrad.nn.state import get_parameters
+from extra.models import fpn, resnet
+from extra.nn import init
+from extra.nn.layers import NORMS, Conv2d
+
+PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
+
+
+class _Head:
+  """Four 3x3 convolutions, then one named `output` with `per_anchor` numbers an anchor."""
+  def __init__(self, channels: int, output: str, num_anchors: int, per_anchor: int, norm: str | None):
+    self.output, self.per_anchor = output, per_anchor
+    self.conv = [[Conv2d(channels, channels, 3, padding=1, bias=norm is None)] + ([] if norm is None else [NORMS[norm](channels)]) for _ in range(4)]
+    setattr(self, output, Conv2d(channels, num_anchors * per_anchor, 3, padding=1))
+
+  def __call__(self, levels: list[Tensor]) -> Tensor:
+    outputs = []
+    for x in levels:
+      for layers in self.conv: x = x.sequential(layers).relu().contiguous()
+      # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss.
+      x = getattr(self, self.output)(x).contiguous()
+      outputs.append(x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.per_anchor))
+    return outputs[0].cat(*outputs[1:], dim=1).contiguous()
+
+
+class _Heads:
+  def __init__(self, channels: int, num_classes: int, num_anchors: int, norm: str | None):
+    self.classification_head = _Head(channels, "cls_logits", num_anchors, num_classes, norm)
+    self.regression_head = _Head(channels, "bbox_reg", num_anchors, 4, norm)
+
+
+class _Backbone:
+  def __init__(self, body: resnet.ResNet, channels: int, p6_from: str):
+    self.body, self.fpn = body, fpn.FeaturePyramid(body.channels[1:], channels, p6_from)
+
+
+class RetinaNet:
+  """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), anchors in the order of `extra.detection.anchors`."""
+  def __init__(self, body: resnet.ResNet, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
+               head_norm: str | None = None):
+    self.num_classes = num_classes
+    self.backbone = _Backbone(body, channels, p6_from)
+    self.head = _Heads(channels, num_classes, num_anchors, head_norm)
+
+  def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    levels = self.backbone.fpn(self.backbone.body.features(x)[1:])
+    return self.head.classification_head(levels), self.head.regression_head(levels)
+
+
+def freeze(model: RetinaNet, trainable_layers: int) -> None:
+  """Leave the last `trainable_layers` of the backbone's stem and four stages to learn, and fix the rest (torchvision `_resnet_fpn_extractor`)."""
+  stages = ["conv1", "layer1", "layer2", "layer3", "layer4"][:5 - trainable_layers]
+  if "conv1" in stages: stages.append("bn1")
+  for stage in stages:
+    for tensor in get_parameters(getattr(model.backbone.body, stage)): tensor.is_param_(False)
+
+
+def init_rule(key: str, shape: tuple[int, ...]) -> init.Draw:
+  """torchvision's initialisation of the detector's tensor `key`."""
+  if key.startswith("backbone.body."): return resnet.init_rule(key.removeprefix("backbone.body."), shape)
+  if key.startswith("backbone.fpn."): return fpn.init_rule(key, shape)
+  if key.endswith("cls_logits.bias"): return init.constant(-math.log((1 - PRIOR) / PRIOR))
+  if len(shape) == 4: return init.normal(0.01)
+  return init.normalization(key)
+
+
+def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0) -> RetinaNet:
+  """`retinanet_<backbone>_fpn` or `retinanet_<backbone>_fpn_v2`, <backbone> being any key of `resnet.BACKBONES`, initialised from `seed`.
+
+  v2 takes P6 from C5, has group norm in its heads and batch norm in its backbone, where v1 has it frozen; `norm` (a key of `NORMS`) overrides the
+  backbone's. A backbone narrower than ResNet-18 gets a pyramid as much narrower, and group norm in its heads, being meant to train from scratch.
+  Raises ValueError for another name."""
+  backbone = name.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
+  if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in resnet.BACKBONES:
+    raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(resnet.BACKBONES)}")
+  v2, (block, layers, options) = name.endswith("_v2"), resnet.BACKBONES[backbone]
+  width = options.get("width", 64)
+  body = resnet.ResNet(block, layers, None, norm or ("batch" if v2 else "frozen"), **options)
+  model = RetinaNet(body, num_classes, channels=min(256, width * 2 if width < 64 else 256), p6_from="c5" if v2 else "p5",
+                    head_norm="group" if v2 or width < 64 else None)
+  init.initialize(model, init_rule, seed)
+  return model

@@ -1,0 +1,57 @@
+"""A convolution that carries its own gradient.
+
+tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
+picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
+from tinygrad import Tensor
+from tinygrad.function import function
+from tinygrad.uop.ops import UOp
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
+  """Gradient [B,Cin,H,W] of the input, given that of the output [B,Cout,OH,OW].
+
+  Input pixel i = stride*q + phase takes part in output pixel o = q + d through kernel tap k = phase + padding - stride*d, for each tap exactly one
+  (phase, d). So the kernel, padded to whole strides, splits into stride*stride small kernels, one per phase. They run as the output channels of one
+  stride-1 convolution, and the phases are then woven into the picture. For stride 1 this is the flipped, transposed kernel."""
+  batch, (out_channels, per_group, *kernel) = grad.shape[0], weight.shape
+  high = [(stride - 1 + padding) // stride] * 2                                       # largest d
+  low = [-((k - 1 - padding) // stride) for k in kernel]                              # smallest d
+  taps = [h - l + 1 for h, l in zip(high, low)]
+  # A kernel smaller than the stride (1x1, stride 2) leaves whole phases without a tap: compute the others only.
+  phases = [k if padding == 0 and k < stride else stride for k in kernel]
+  before = [stride * h - padding for h in high]
+  after = [0 if p < stride else stride * t - b - k for p, t, b, k in zip(phases, taps, before, kernel)]
+  w = weight.pad(((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1])))
+  w = w.reshape(groups, out_channels // groups, per_group, taps[0], phases[0], taps[1], phases[1]).flip((3, 5)).permute(0, 2, 4, 6, 1, 3, 5)
+  w = w.reshape(groups * per_group * phases[0] * phases[1], out_channels // groups, *taps).contiguous()
+  rows, columns = ((side + stride - 1) // stride for side in size)
+  pad = (-low[1], columns + high[1] - grad.shape[3], -low[0], rows + high[0] - grad.shape[2])
+  out = grad.conv2d(w, groups=groups, padding=pad)
+  if stride == 1: return out
+  out = out.reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
+  out = out.pad(((0, 0),) * 3 + ((0, stride - phases[0]), (0, 0), (0, stride - phases[1]))).reshape(batch, -1, rows * stride, columns * stride)
+  return out.shrink((None, None, (0, size[0]), (0, size[1])))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
+  """Gradient [Cout,Cin/groups,KH,KW] of the weight: input and output gradient, each with batch and channels swapped, convolved with each other."""
+  batch, out_channels, in_channels = x.shape[0], grad.shape[1], x.shape[1]
+  x = x.reshape(batch, groups, in_channels // groups, *x.shape[2:]).permute(2, 1, 0, 3, 4).reshape(-1, groups * batch, *x.shape[2:])
+  g = grad.transpose(0, 1)                                                            # [Cout,B,OH,OW]: B is what a group's "input channels" are here
+  out = x.conv2d(g, groups=groups, dilation=stride, padding=padding)                  # [Cin/groups,Cout,>=KH,>=KW]
+  return out.shrink((None, None, (0, kernel[0]), (0, kernel[1]))).transpose(0, 1)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+  """2-D convolution, the same numbers as `Tensor.conv2d` and the same gradients up to the order of summation.
+
+  Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW]; `bias` [Cout] or None. Returns [B,Cout,OH,OW]. Sides are cropped as torch crops them:
+  what a stride does not reach gets gradient 0. Needs padding < kernel size."""
+  def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+    # Contiguous, or everything behind the output gradient (the whole loss, in a head) is computed again at each tap.
+    g, (x, weight) = Tensor(grad).contiguous(), (Tensor(u) for u in call.src[1:])
+    return (_input_gradient(g, weight, x.shape[2:], stride, padding, groups).contiguous().uop,
+            _weight_gradient(g, x, weight.shape[2:], stride, padding, groups).uop)
+
+  out = function(lambda x, weight: x.conv2d(weight, groups=groups, stride=stride, padding=padding), grad_fxn=gradient)(x, weight)
+  return out if bias is None else out + bias.reshape(1, -1, 1, 1)

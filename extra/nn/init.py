@@ -1,0 +1,54 @@
+"""Weight initialisation, drawn with numpy: the same values on every device, and no kernel to compile for any of them."""
+import math, zlib
+from typing import Callable
+import numpy as np
+from tinygrad import Device, Tensor
+from tinygrad.dtype import _to_np_dtype
+from tinygrad.nn.state import get_state_dict
+
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
+def constant(value: float) -> Draw:
+  """Every element is `value`."""
+  return lambda rng, shape: np.full(shape, value)
+
+
+def normal(std: float) -> Draw:
+  """Normal with mean 0."""
+  return lambda rng, shape: rng.standard_normal(shape) * std
+
+
+def uniform(bound: float) -> Draw:
+  """Uniform in [-bound, bound)."""
+  return lambda rng, shape: rng.uniform(-bound, bound, shape)
+
+
+def kaiming_normal_fan_out(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  """He et al. 2015 for a convolution before a ReLU, scaled by its outputs (torch `kaiming_normal_(mode="fan_out")`)."""
+  return rng.standard_normal(shape) * math.sqrt(2 / (shape[0] * math.prod(shape[2:])))
+
+
+def kaiming_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  """Bound sqrt(3 / fan_in) (torch `kaiming_uniform_(a=1)`)."""
+  return uniform(math.sqrt(3 / math.prod(shape[1:])))(rng, shape)
+
+
+def normalization(key: str) -> Draw:
+  """What a norm layer starts from: identity."""
+  return constant(1.0 if key.endswith(("weight", "running_var")) else 0.0)
+
+
+def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed: int = 0) -> None:
+  """Fill every tensor of `model`'s state dict with what `rule(key, shape)` draws, each from a generator of its own (seed, key): adding a layer leaves
+  the others as they were."""
+  for key, tensor in get_state_dict(model).items():
+    values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
+    assign(tensor, values)
+
+
+def assign(tensor: Tensor, values: np.ndarray) -> None:
+  """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
+  values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(tensor.shape)
+  is_param = tensor.is_param
+  tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT)).is_param_(is_param).realize()

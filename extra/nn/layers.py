@@ -1,0 +1,84 @@
+"""Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `extra.nn.init.initialize` or a checkpoint."""
+from typing import Callable
+from tinygrad import Tensor, dtypes
+from tinygrad.helpers import TRAINING
+from extra.nn.conv import conv2d
+
+
+class Conv2d:
+  """`conv2d` with its weight [Cout,Cin/groups,k,k] and, if asked for, bias [Cout]."""
+  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
+    self.stride, self.padding, self.groups = stride, padding, groups
+    self.weight = Tensor.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
+    self.bias = Tensor.empty(out_channels) if bias else None
+
+  def __call__(self, x: Tensor) -> Tensor:
+    return conv2d(x, self.weight.cast(x.dtype), None if self.bias is None else self.bias.cast(x.dtype), self.stride, self.padding, self.groups)
+
+
+class Linear:
+  """x [B,in] -> [B,out] with weight [out,in] and bias [out]."""
+  def __init__(self, in_features: int, out_features: int):
+    self.weight, self.bias = Tensor.empty(out_features, in_features), Tensor.empty(out_features)
+
+  def __call__(self, x: Tensor) -> Tensor: return x.linear(self.weight.cast(x.dtype).transpose(), self.bias.cast(x.dtype))
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+  # One multiply-add an element. Contiguous, so that the square root behind `scale` is taken once a channel and not once a pixel.
+  scale, shift = scale.contiguous(), shift.contiguous()
+  return x * scale.cast(x.dtype).reshape(1, -1, 1, 1) + shift.cast(x.dtype).reshape(1, -1, 1, 1)
+
+
+class FrozenBatchNorm:
+  """Batch norm on stored statistics, in training too; nothing in it is learnt (torchvision `FrozenBatchNorm2d`)."""
+  def __init__(self, channels: int, eps: float = 1e-5):
+    self.eps = eps
+    self.weight, self.bias, self.running_mean, self.running_var = (Tensor.empty(channels).is_param_(False) for _ in range(4))
+
+  def __call__(self, x: Tensor) -> Tensor:
+    scale = self.weight * (self.running_var + self.eps).rsqrt()
+    return _scale_and_shift(x, scale.detach(), (self.bias - self.running_mean * scale).detach())
+
+
+class BatchNorm:
+  """Batch norm (Ioffe & Szegedy 2015; torch `BatchNorm2d`): the batch's statistics under `Context(TRAINING=1)`, the running ones otherwise.
+
+  On a batch that is sharded over devices the statistics are those of the whole batch."""
+  def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+    self.eps, self.momentum = eps, momentum
+    self.weight, self.bias = Tensor.empty(channels), Tensor.empty(channels)
+    self.running_mean, self.running_var = Tensor.empty(channels).is_param_(False), Tensor.empty(channels).is_param_(False)
+    self.num_batches_tracked = Tensor.empty(dtype=dtypes.int64).is_param_(False)
+
+  def __call__(self, x: Tensor) -> Tensor:
+    if not TRAINING:
+      scale = self.weight * (self.running_var + self.eps).rsqrt()
+      return _scale_and_shift(x, scale, self.bias - self.running_mean * scale)
+    x = x.contiguous()   # read four times: mean, variance, output, gradient
+    values = x.cast(dtypes.float32)
+    mean = values.mean((0, 2, 3))
+    variance = (values - mean.detach().reshape(1, -1, 1, 1)).square().mean((0, 2, 3))  # d variance / d mean is 0
+    count = x.numel() // x.shape[1]
+    self.running_mean.assign((1 - self.momentum) * self.running_mean + self.momentum * mean.detach())
+    self.running_var.assign((1 - self.momentum) * self.running_var + self.momentum * count / (count - 1) * variance.detach())
+    self.num_batches_tracked.assign(self.num_batches_tracked + 1)
+    scale = self.weight * (variance + self.eps).rsqrt()
+    return _scale_and_shift(x, scale, self.bias - mean * scale)
+
+
+class GroupNorm:
+  """Group norm over `groups` groups of channels (Wu & He 2018; torch `GroupNorm`)."""
+  def __init__(self, groups: int, channels: int, eps: float = 1e-5):
+    self.groups, self.eps = groups, eps
+    self.weight, self.bias = Tensor.empty(channels), Tensor.empty(channels)
+
+  def __call__(self, x: Tensor) -> Tensor:
+    values = x.contiguous().cast(dtypes.float32).reshape(x.shape[0], self.groups, -1)
+    centred = values - values.mean(-1, keepdim=True)
+    normal = (centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()).reshape(x.shape)
+    return (normal * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)).cast(x.dtype)
+
+
+NORMS: dict[str, Callable[[int], FrozenBatchNorm | BatchNorm | GroupNorm]] = {
+  "frozen": FrozenBatchNorm, "batch": BatchNorm, "group": lambda channels: GroupNorm(min(32, channels // 4), channels)}

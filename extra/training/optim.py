@@ -1,0 +1,96 @@
+"""Optimisers and learning-rate schedules as tensor expressions: a whole update is part of the jitted step, with no number from the host in it."""
+import contextlib, math
+from typing import Callable, Iterator
+import numpy as np
+from tinygrad import Tensor, dtypes
+
+Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
+SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine"), ("sgd", "adam", "adamw")
+
+
+def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, warmup_factor: float = 1e-3, milestones: list[int] | None = None,
+             gamma: float = 0.1) -> Schedule:
+  """Linear warm-up from `warmup_factor * lr`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of `milestones` (steps); "cosine",
+  down to 0 at `total_steps` (Loshchilov & Hutter 2016)."""
+  def rate(step: Tensor) -> Tensor:
+    factor = Tensor.ones(1)
+    if kind == "step":
+      for milestone in milestones or []: factor = factor * (step >= milestone).where(gamma, 1.0)
+    if kind == "cosine": factor = 0.5 * (1 + ((step / total_steps).minimum(1) * math.pi).cos())
+    if warmup_steps: factor = factor * (warmup_factor + (1 - warmup_factor) * (step / warmup_steps).minimum(1))
+    return lr * factor
+  return rate
+
+
+class Optimizer:
+  """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
+
+  Args: `params` name -> f32 tensor; `kind` one of OPTIMIZERS; `rate` from `schedule`; `weight_decay` for tensors of two dimensions and more,
+  `norm_weight_decay` for the others (norms and biases); `clip_norm` bounds the norm of the whole gradient, 0 leaves it; `ema_decay` > 0 keeps an
+  exponential moving average in `ema`, which starts short and lengthens to that decay.
+  Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""
+  def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float = 0.9, betas: tuple[float, float] = (0.9, 0.999),
+               eps: float = 1e-8, weight_decay: float = 0.0, norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0):
+    self.params, self.kind, self.rate, self.momentum, self.betas, self.eps = params, kind, rate, momentum, betas, eps
+    self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
+    self.clip_norm, self.ema_decay = clip_norm, ema_decay
+    self.steps = _zeros((1,))
+    self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
+    self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
+    self.ema = {name: p.clone() for name, p in params.items()} if ema_decay else {}
+
+  def state(self) -> dict[str, Tensor]:
+    """Everything but the parameters that the next update depends on, by name."""
+    groups = {"first": self.first, "second": self.second, "ema": self.ema}
+    return {"steps": self.steps} | {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+
+  def update(self, gradients: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Assign the next values, given the gradients of `params` in order. Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`."""
+    logs = {"lr": (lr := self.rate(self.steps))}
+    if self.clip_norm:
+      logs["gradient_norm"] = norm = total_norm(gradients)
+      scale = (self.clip_norm / (norm + 1e-6)).minimum(1).contiguous()
+      gradients = [g * scale for g in gradients]
+    t = self.steps + 1
+    correction1, correction2 = (1 - (t * math.log(beta)).exp() for beta in self.betas)
+    lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
+    for (name, p), g in zip(self.params.items(), gradients):
+      first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
+      if decay and self.kind != "adamw": g = g + decay * p
+      if self.kind == "sgd":
+        first.assign(self.momentum * first + g)
+        new = p - lr * first
+      else:
+        second, (beta1, beta2) = self.second[name], self.betas
+        g = g.contiguous()   # both moments read it
+        first.assign(beta1 * first + (1 - beta1) * g)
+        second.assign(beta2 * second + (1 - beta2) * g * g)
+        new = p * (1 - lr * decay) if decay and self.kind == "adamw" else p
+        new = new - lr_adam * first / (second.sqrt() / root + self.eps)
+      p.assign(new)
+      if self.ema_decay:
+        decay_now = (t / (t + 9)).minimum(self.ema_decay)
+        self.ema[name].assign(decay_now * self.ema[name] + (1 - decay_now) * p)
+    self.steps.assign(t)
+    return [*self.params.values(), *self.state().values()], logs
+
+
+  @contextlib.contextmanager
+  def averaged(self) -> Iterator[None]:
+    """Inside, the parameters hold their moving average, if one is kept."""
+    learnt = {name: self.params[name].clone().realize() for name in self.ema}
+    for name, average in self.ema.items(): self.params[name].assign(average).realize()
+    try: yield
+    finally:
+      for name, values in learnt.items(): self.params[name].assign(values).realize()
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+  """The Euclidean norm, f32 [1], of all gradients taken as one vector."""
+  squares = [g.cast(dtypes.float32).square().sum().reshape(1) for g in gradients]
+  # In rounds, because a CPU kernel takes at most 63 buffers.
+  while len(squares) > 1: squares = [squares[i].cat(*squares[i + 1:i + 32]).sum().reshape(1).contiguous() for i in range(0, len(squares), 32)]
+  return squares[0].sqrt()
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor: return Tensor(np.zeros(shape, np.float32))

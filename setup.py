@@ -1,0 +1,18 @@
+from pathlib import Path
+from setuptools import find_packages, setup
+
+setup(
+  name="tinydet",
+  version="0.1.0",
+  description="Train and run single-stage object detectors in tinygrad",
+  long_description=(Path(__file__).parent/"README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="MIT",
+  packages=find_packages(include=["extra", "extra.*"]),
+  package_data={"extra.models": ["weights/*.safetensors"]},
+  python_requires=">=3.11",
+  # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
+  install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
+                    "ziglang>=0.13.0; sys_platform != 'win32'"],
+  extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"]},
+)

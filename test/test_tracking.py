@@ -1,0 +1,220 @@
+import http.server, io, json, os, re, subprocess, sys, threading, time
+from pathlib import Path
+import numpy as np
+import pytest
+from PIL import Image
+from extra.errors import UserError
+from extra.training.pictures import class_color, draw_boxes, truth_and_prediction
+from extra.training.tracking import Progress, Tracker, duration, progress_line
+
+ROOT = Path(__file__).parents[1]
+RUN = """
+import numpy as np, os, sys
+from extra.training.tracking import Tracker
+tracker = Tracker("runs", {"bs": 16, "size": [128, 96]}, project="detect", name="demo", target=0.4)
+for step in range(3): tracker.log({"train/loss": 1 / (step + 1)}, step, step / 3)
+tracker.log({"eval/mAP": 0.25}, 3, 1)
+tracker.log({"eval/mAP": 0.125}, 6, 2)
+image, box = np.zeros((32, 32, 3), np.uint8), np.array([[4, 5, 20, 21]], np.float32)
+tracker.picture("eval/0", image, box, [1], box + 2, [0], [0.75], ["disk", "square"], 6)
+exec(os.environ.get("MIDWAY", ""))
+tracker.summary({"seconds_to_target": None})
+tracker.finish()
+"""
+
+
+def run(code, folder, **environ):
+  """Run code in folder as somebody without credentials, without standard input and at most for a minute."""
+  environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)} | environ
+  return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                        check=False, timeout=60)
+
+
+def metrics(folder):
+  def strict(name): raise AssertionError(f"{name} is not JSON")
+  return [json.loads(line, parse_constant=strict) for line in (folder/"metrics.jsonl").read_text().splitlines()]
+
+
+def leet(folder, *flags):
+  """What wandb's own reader finds in an offline run."""
+  done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(folder)], capture_output=True, text=True, check=True,
+                        stdin=subprocess.DEVNULL, timeout=60)
+  return done.stdout
+
+
+def test_local_files_without_wandb(tmp_path):
+  tracker = Tracker(tmp_path/"runs", {"bs": 16}, project="p", name="one", target=0.5, mode="disabled")
+  tracker.log({"train/loss": np.float32(1.5), "n": np.int64(3)}, 1, 0.5)
+  tracker.log({"train/loss": float("nan"), "lr": float("inf")}, np.int64(2), np.float32(1))
+  assert len(metrics(tmp_path/"runs"/"one")) == 2, "every line is on the disk at once"
+  tracker.log({"eval/mAP": 0.25}, 3, 1)
+  tracker.log({"eval/mAP": float("nan")}, 4, 2)
+  tracker.summary({"note": "x"})
+  tracker.finish()
+  lines = metrics(tracker.folder)
+  assert [line.pop("seconds") >= 0 for line in lines] == [True] * 4
+  assert lines == [{"step": 1, "epoch": 0.5, "train/loss": 1.5, "n": 3}, {"step": 2, "epoch": 1.0, "train/loss": None, "lr": None},
+                   {"step": 3, "epoch": 1, "eval/mAP": 0.25, "eval/target": 0.5}, {"step": 4, "epoch": 2, "eval/mAP": None, "eval/target": 0.5}]
+  assert json.loads((tracker.folder/"config.json").read_text()) == {"bs": 16}
+  assert json.loads((tracker.folder/"summary.json").read_text()) == {"note": "x", "best_mAP": 0.25}
+  assert not (tracker.folder/"wandb").exists()
+
+
+def test_names_and_resuming(tmp_path):
+  first = Tracker(tmp_path, {}, project="p", name="a", mode="disabled")
+  first.log({"train/loss": 1.0}, 1, 0)
+  first.finish()
+  assert Tracker(tmp_path, {}, project="p", name="a", mode="disabled").folder == tmp_path/"a-2"
+  # as a crash leaves it: the clock far on, the last line unfinished
+  (first.folder/"metrics.jsonl").write_text('{"step": 1, "epoch": 0, "seconds": 100.0}\n{"step": 2, "epo')
+  again = Tracker(tmp_path, {}, project="p", name="a", mode="disabled", resume_id=first.id)
+  again.log({"train/loss": 0.5}, 2, 1)
+  assert again.folder == first.folder and again.id == first.id
+  assert [line["step"] for line in metrics(again.folder)] == [1, 2] and 100 <= metrics(again.folder)[1]["seconds"] < 160
+  for name in ("../up", "", "a/b", ".hidden"):
+    with pytest.raises(UserError, match="run name"): Tracker(tmp_path, {}, project="p", name=name, mode="disabled")
+  (tmp_path/"file").write_text("")
+  with pytest.raises(UserError, match="run folder"): Tracker(tmp_path/"file", {}, project="p", name="a", mode="disabled")
+
+
+def test_without_credentials_the_run_is_offline_and_never_asks(tmp_path):
+  done = run(RUN, tmp_path)
+  assert done.returncode == 0 and done.stderr == "", done.stderr
+  sync, view = done.stdout.splitlines()
+  folder = Path(re.fullmatch(r"upload this run: wandb sync (\S+)", sync)[1])
+  assert view.endswith(f"wandb leet {folder}") and folder.parts[:3] == ("runs", "demo", "wandb")
+  summary = json.loads(leet(tmp_path/folder, "--summary"))
+  assert (summary["project"], summary["name"], summary["state"]) == ("detect", "demo", "finished")
+  assert summary["config"] == {"bs": 16, "size": [128, 96]} and summary["summary"]["eval/mAP"] == {"max": 0.25}
+  history = leet(tmp_path/folder)
+  for value in ("train/loss", "0.3333333333333333", "eval/mAP", "0.125", "eval/target", "0.25"): assert value in history, value
+  overlays = [json.loads(p.read_text()) for p in (tmp_path/folder).rglob("*.boxes2D.json")]
+  assert sorted(o["box_data"][0]["box_caption"] for o in overlays) == ["disk 0.75", "square"]
+  assert Image.open(tmp_path/"runs/demo/pictures/eval-0-0000006.jpg").size[0] > 2 * 480
+  assert not os.path.exists(tmp_path/"wandb"), "wandb's files belong to the run's folder"
+
+
+def test_asked_to_go_online_without_credentials_it_says_so_once(tmp_path):
+  done = run(RUN, tmp_path, WANDB_MODE="online")
+  assert done.returncode == 0 and done.stderr.count("\n") == 1 and "not logged in" in done.stderr and "wandb sync" in done.stdout
+
+
+def test_wandb_mode_disabled_is_honoured(tmp_path):
+  done = run(RUN, tmp_path, WANDB_MODE="disabled")
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and len(metrics(tmp_path/"runs"/"demo")) == 5
+
+
+def test_training_survives_a_missing_wandb(tmp_path):
+  done = run("import sys; sys.modules['wandb'] = None\n" + RUN, tmp_path)
+  assert done.returncode == 0 and done.stderr.count("\n") == 1 and "the run goes on" in done.stderr and len(metrics(tmp_path/"runs"/"demo")) == 5
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds wandb's service through /proc")
+def test_training_survives_the_death_of_wandbs_service(tmp_path):
+  kill = """
+import signal, time
+for folder in os.listdir("/proc"):
+  if folder.isdigit() and open(f"/proc/{folder}/stat").read().rsplit(")", 1)[1].split()[1] == str(os.getpid()): os.kill(int(folder), signal.SIGKILL)
+time.sleep(0.5)
+for step in range(7, 10): tracker.log({"train/loss": 1.0}, step, 3); time.sleep(0.1)
+"""
+  done = run(RUN, tmp_path, MIDWAY=kill)
+  assert done.returncode == 0 and len(metrics(tmp_path/"runs"/"demo")) == 8
+  assert done.stderr.count("\n") == 1 and "wandb stopped working" in done.stderr, done.stderr
+
+
+def wandb_server(seen):
+  """As much of a wandb server as opening a run takes, on a free port; seen collects what it is sent."""
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      seen.append(self.rfile.read(int(self.headers.get("content-length") or 0)).decode(errors="replace"))
+      bucket = {"id": "Zm9v", "name": "x", "displayName": "demo", "config": "{}", "historyLineCount": 0,
+                "project": {"id": "p", "name": "detect", "entity": {"id": "e", "name": "me"}}}
+      data = {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}"}, "upsertBucket": {"bucket": bucket, "inserted": True},
+              "createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}}
+      answer = json.dumps({"data": data} if "graphql" in self.path else {}).encode()
+      self.send_response(200)
+      self.send_header("content-length", str(len(answer)))
+      self.end_headers()
+      self.wfile.write(answer)
+
+    def log_message(self, *_): pass
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  return server
+
+
+def test_logged_in_it_goes_online_and_a_server_that_falls_silent_costs_only_seconds(tmp_path):
+  server = wandb_server(seen := [])
+  login = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40}
+  done = run(RUN, tmp_path, **login)
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and any("train/loss" in body for body in seen)
+
+  def stop_when_ready():
+    while not (tmp_path/"ready").exists(): time.sleep(0.1)
+    server.shutdown()
+    server.server_close()
+  (stopping := threading.Thread(target=stop_when_ready, daemon=True)).start()
+  start = time.monotonic()
+  done = run(RUN, tmp_path, MIDWAY=f"import time; open({str(tmp_path/'ready')!r}, 'w').close(); time.sleep(1.5)", **login)
+  stopping.join(10)
+  assert done.returncode == 0 and time.monotonic() - start < 30
+  assert "did not finish in time" in done.stderr and "wandb sync runs/demo-2/wandb/run-" in done.stdout, (done.stdout, done.stderr)
+
+
+def test_boxes_are_where_they_should_be_and_the_picture_is_enlarged():
+  image = np.full((40, 60, 3), 90, np.uint8)
+  drawn = draw_boxes(image, np.array([[10, 12, 50, 36]], np.float32), np.array([1]), None, ["a", "b"])
+  assert drawn.dtype == np.uint8 and drawn.shape == (320, 480, 3) and (image == 90).all()
+  own = (drawn == class_color(1)).all(-1)
+  for y, x in ((96 + 2, 240), (288 - 3, 240), (190, 80 + 2), (190, 400 - 3)): assert own[y, x], (y, x)
+  assert (drawn[110:270, 100:380] == 90).all() and (drawn[300:] == 90).all() and (drawn[:, :70] == 90).all()
+  assert own[60:95, 80:200].any(), "the label sits on the box"
+
+
+@pytest.mark.parametrize("background", [0, 128, 255])
+def test_a_box_contrasts_with_any_background(background):
+  for label in range(20):
+    drawn = draw_boxes(np.full((500, 500, 3), background, np.uint8), [[100, 100, 400, 400]], [label], None, [""] * 20)
+    line = drawn[250, 98:106].astype(int)
+    assert np.abs(line - background).max() >= 100
+
+
+def test_boxes_from_an_untrained_network_draw_without_a_fuss():
+  wild = np.array([[np.nan] * 4, [5, 5, 5, 5], [9, 9, 2, 2], [-1e9, -1e9, 1e9, 1e9], [70, 70, 90, 90], [0, 0, np.inf, 3], [63.9, 63.9, 64, 64]])
+  assert draw_boxes(np.zeros((64, 64, 3), np.uint8), wild, np.arange(7), np.linspace(0, 1, 7), ["one"]).shape == (512, 512, 3)
+  assert draw_boxes(np.zeros((700, 20, 3), np.uint8), np.zeros((0, 4)), [], None, []).shape == (700, 20, 3)
+
+
+def test_truth_and_prediction_share_one_picture():
+  image, box = np.zeros((500, 500, 3), np.uint8), [[100, 100, 400, 400]]
+  both = truth_and_prediction(image, box, [0], np.zeros((0, 4)), [], [], ["a"])
+  color = (both == class_color(0)).all(-1)
+  assert both.shape[1] == 1004 and color[:, :500].any() and not color[:, 504:].any()
+
+
+class Terminal(io.StringIO):
+  def isatty(self): return True
+
+
+def test_progress_on_a_terminal_and_elsewhere():
+  now = [0.0]
+  def update(progress):
+    now[0] = 0.0
+    for step in range(1, 41):
+      now[0] += 30 if step == 1 else 0.5
+      progress.update(step, 2 / step, 3_100_000_000)
+    progress.close()
+    progress.close()
+  update(Progress(40, 16, stream=(plain := io.StringIO()), clock=lambda: now[0]))
+  lines = plain.getvalue().splitlines()
+  assert lines == ["step 1/40  loss 2.0000  3.1 GB", "step 21/40  loss 0.0952  32.0 images/s  0:10 left  3.1 GB",
+                   "step 40/40  loss 0.0500  32.0 images/s  0:00 left  3.1 GB"]
+  update(Progress(40, 16, stream=(terminal := Terminal()), clock=lambda: now[0]))
+  assert terminal.getvalue().count("\r") == 40 and terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("\n")
+
+
+def test_progress_texts():
+  assert progress_line(1, 2, float("nan"), float("nan"), float("nan")) == "step 1/2  loss nan"
+  assert progress_line(1, 2, 1, 1234.5, 3723, 5_000_000) == "step 1/2  loss 1.0000  1234 images/s  1:02:03 left  5 MB"
+  assert [duration(s) for s in (0.4, 7, 65, 3599.6)] == ["0:00", "0:07", "1:05", "1:00:00"]
