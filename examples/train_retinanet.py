@@ -9,7 +9,7 @@ from pathlib import Path
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.training.config import as_dict, describe, option, parse, recall, show_size, size
-from tinygrad import Context, Tensor, dtypes
+from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
 from extra.datasets.loader import Loader
@@ -41,33 +41,35 @@ def numbers(text: str) -> tuple[int, ...]:
 @dataclass
 class Config:
   data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
-  size: tuple = option((128, 128), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
+  size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
                        show=show_size, group="data")
   max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0, group="data")
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
   workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
-  overfit: int = option(0, "train and evaluate on this many training pictures, unchanged: a new model should learn them by heart", minimum=0, group="data")
+  train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0, group="data")
+  overfit: bool = option(False, "evaluate on the training pictures, unchanged: a sound model learns a few by heart", group="data")
 
-  backbone: str = option("resnet10_quarter", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="model")
+  backbone: str = option("resnet18", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="model")
   variant: str = option("v1", "torchvision's RetinaNet v1, or v2: P6 from C5, group norm in the heads", choices=("v1", "v2"), group="model")
-  norm: str = option("frozen", "the backbone's norm layers: frozen to fine-tune, batch or group to train from scratch", choices=tuple(NORMS), group="model")
+  norm: str = option("auto", "the backbone's norm layers; auto is batch where --weights is none and frozen otherwise", choices=("auto", *NORMS),
+                     group="model")
   weights: str = option("none", "where to start: none, shapes (ships with the code), or a .safetensors file of a run", group="model")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top", minimum=0, maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
-  bs: int = option(16, "pictures a step, over all devices", minimum=1, group="training")
-  epochs: int = option(4, "passes over the training pictures", minimum=0, group="training")
+  bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
+  epochs: int = option(24, "passes over the training pictures", minimum=0, group="training")
   optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
-  lr: float = option(2e-3, "learning rate after the warm-up", minimum=0, group="training")
+  lr: float = option(5e-4, "learning rate after the warm-up", minimum=0, group="training")
   momentum: float = option(0.9, "of SGD", minimum=0, maximum=1, group="training")
   weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
   norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
   schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
   milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=numbers,
                              show=lambda v: ",".join(map(str, v)) or "none", group="training")
-  warmup: float = option(0.2, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
+  warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
   clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
   ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1, group="training")
@@ -88,8 +90,14 @@ class Config:
   project: str = option("tinygrad-retinanet", "wandb's project", group="run")
 
 
+SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "bs": 16, "target": 0.6}
 PRESETS = {
-  "demo": {"weights": "shapes", "target": 0.6},
+  # The small detector that ships with the code, fine-tuned to the six shapes of the second family: the default where --data is no folder.
+  "demo": SHAPES | {"data": "shapes:2", "weights": "shapes", "train_images": 800, "epochs": 4, "lr": 3e-3, "warmup": 0.2},
+  # How that detector was made: the first family, from random weights.
+  "scratch": SHAPES | {"data": "shapes:1", "train_images": 8000, "epochs": 8, "lr": 3e-3, "log_every": 50},
+  # The default where --data is a folder: the defaults above, meant for a few hundred to some thousand pictures.
+  "folder": {},
   # torchvision's references/detection: 8 GPUs x 2 images, SGD 0.01, 26 epochs
   "coco": {"data": "coco", "size": (800, 800), "max_size": 1333, "backbone": "resnet50", "weights": "imagenet", "trainable_layers": 3, "bs": 16,
            "epochs": 26, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (16, 22),
@@ -106,11 +114,12 @@ def main(config: Config) -> None:
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  size_option = {"size": max(config.size)} if config.data.startswith("shapes") else {}
-  train_set = open_dataset(config.data, "train", **({**size_option, "count": 800} if size_option else {}))
-  val_set = train_set if config.overfit else open_dataset(config.data, "val", **({**size_option, "count": 256} if size_option else {}))
+  drawn_on_demand = config.data.partition(":")[0] == "shapes"
+  options = {"size": max(config.size)} if drawn_on_demand else {}
+  train_set = open_dataset(config.data, "train", **options | ({"count": config.train_images or 4000} if drawn_on_demand else {}))
+  if config.train_images and not drawn_on_demand: train_set = Subset(train_set, config.train_images)
+  val_set = train_set if config.overfit else open_dataset(config.data, "val", **options | ({"count": 256} if drawn_on_demand else {}))
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
-  if config.overfit: train_set = val_set = Subset(train_set, config.overfit)
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
 
   width, height = config.size
@@ -124,7 +133,8 @@ def main(config: Config) -> None:
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
-  model = retinanet.build(name, len(train_set.class_names), config.norm, config.seed)
+  norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
+  model = retinanet.build(name, len(train_set.class_names), norm, config.seed)
   notes = load_weights(config.weights, model) if config.weights != "none" and config.resume is None else []
   retinanet.freeze(model, config.trainable_layers)
   tensors = get_state_dict(model)
@@ -155,7 +165,7 @@ def main(config: Config) -> None:
   if config.resume is not None: runs, run_name = Path(config.resume).parent, Path(config.resume).name
   tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, target=config.target, mode=config.wandb,
                     resume_id=resumed.get("run_id"))
-  about = {"model": name, "norm": config.norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
+  about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config), "run_id": tracker.id}
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
         f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
@@ -218,6 +228,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
   with exit_on_user_error():
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
+    if not config.data.startswith("shapes"): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
     if config.resume is not None: config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
     require_device()
     main(config)

@@ -1,6 +1,6 @@
 """What a user can mend is one line and exit code 2; what we broke keeps its traceback."""
 import contextlib, sys
-from typing import Iterator
+from collections.abc import Iterator
 
 
 class UserError(Exception):

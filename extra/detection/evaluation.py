@@ -1,5 +1,6 @@
 """From batches of a validation set to COCO's numbers."""
-from typing import Any, Callable, Iterable
+from typing import Any
+from collections.abc import Callable, Iterable
 import numpy as np
 from tinygrad import Tensor
 from extra.detection.coco_metric import CocoMetric

@@ -1,5 +1,5 @@
 """Losses, in float32 whatever the network computes in. `classes` and `matched` come from `matcher.match`."""
-from typing import Callable
+from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp

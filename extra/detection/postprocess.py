@@ -45,12 +45,12 @@ def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_s
   assert sum(level_sizes) == cls_logits.shape[1] == anchors.shape[0], f"{level_sizes=} do not sum to the {cls_logits.shape[1]} anchors"
   device = cls_logits.device
   if on_host is None: on_host = (device if isinstance(device, str) else device[0]).startswith("CPU")
-  minimum = lowest_logit(score_threshold)
+  rejected = highest_rejected_logit(score_threshold)
   if on_host:
     logits, deltas, anchors = cls_logits.float().numpy(), bbox_regression.float().numpy(), anchors.numpy()
-    found = [_detect_on_host(l, d, anchors, level_sizes, s, minimum, topk, nms_threshold, max_detections) for l, d, s in zip(logits, deltas, sizes)]
+    found = [_detect_on_host(l, d, anchors, level_sizes, s, rejected, topk, nms_threshold, max_detections) for l, d, s in zip(logits, deltas, sizes)]
     return _pad(*zip(*found), max_detections)
-  candidates, suppress = _graphs(tuple(level_sizes), cls_logits.shape, cls_logits.dtype, bbox_regression.dtype, device, minimum, topk, nms_threshold,
+  candidates, suppress = _graphs(tuple(level_sizes), cls_logits.shape, cls_logits.dtype, bbox_regression.dtype, device, rejected, topk, nms_threshold,
                                  max_detections)
   pictures = Tensor(np.asarray(sizes, np.float32)).shard_like(cls_logits)
   *state, keep = candidates(cls_logits.contiguous(), bbox_regression.contiguous(), anchors.to(device).contiguous(), pictures)
@@ -70,14 +70,14 @@ def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.nd
 
 
 @functools.cache
-def lowest_logit(score_threshold: float) -> float:
-  """The lowest float32 logit whose float32 score exceeds float32(`score_threshold`); NaN, which nothing reaches, if none does."""
+def highest_rejected_logit(score_threshold: float) -> float:
+  """The float32 logit that a logit must exceed for its float32 score to exceed float32(`score_threshold`); at least -inf, at most inf."""
   low, high = _keys(np.float32([-np.inf, np.inf])).tolist()
-  while low <= high:
-    middle = (low + high) // 2
+  while low < high:
+    middle = (low + high + 1) // 2
     if _scores(_from_key(middle)) > np.float32(score_threshold): high = middle - 1
-    else: low = middle + 1
-  return float(_from_key(low)) if low <= int(_keys(np.float32([np.inf]))[0]) else float("nan")
+    else: low = middle
+  return float(_from_key(low))
 
 
 def _keys(x: np.ndarray) -> np.ndarray:
@@ -105,14 +105,14 @@ def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndar
 
 # ---- host form
 
-def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, minimum: float, topk: int,
+def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, rejected: float, topk: int,
                     nms_threshold: float, max_detections: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """One image: boxes [n,4], logits [n] and labels [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
   num_classes, start, found = logits.shape[1], 0, []
   for n in level_sizes:
     # a level's best k entries lie in the k rows with the best maxima
-    rows = start + _largest(logits[start:start + n].max(1), minimum, topk)
-    best = _largest(logits[rows].reshape(-1), minimum, topk)
+    rows = start + _largest(logits[start:start + n].max(1), rejected, topk)
+    best = _largest(logits[rows].reshape(-1), rejected, topk)
     found.append(rows[best // num_classes] * num_classes + best % num_classes)
     start += n
   index = np.concatenate(found)
@@ -123,9 +123,9 @@ def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray,
   return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep]
 
 
-def _largest(x: np.ndarray, minimum: float, k: int) -> np.ndarray:
-  """Ascending positions of the `k` largest of `x` [n] that reach `minimum`, the earlier among equals."""
-  kept = np.flatnonzero(x >= minimum)
+def _largest(x: np.ndarray, rejected: float, k: int) -> np.ndarray:
+  """Ascending positions of the `k` largest of `x` [n] above `rejected`, the earlier among equals."""
+  kept = np.flatnonzero(x > rejected)
   if len(kept) <= k: return kept
   values = x[kept]
   kth = np.partition(values, -k)[-k]
@@ -165,15 +165,15 @@ def _nms(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) ->
 
 @functools.lru_cache(maxsize=4)
 def _graphs(level_sizes: tuple[int, ...], shape: tuple[int, int, int], logits_dtype: object, deltas_dtype: object, device: str | tuple[str, ...],
-            minimum: float, topk: int, nms_threshold: float, max_detections: int) -> tuple[TinyJit, TinyJit]:
+            rejected: float, topk: int, nms_threshold: float, max_detections: int) -> tuple[TinyJit, TinyJit]:
   """Captured graphs of `_candidates` and `_suppress`; the arguments are all that shapes them."""
-  candidates = TinyJit(functools.partial(_candidates, level_sizes=level_sizes, minimum=minimum, topk=topk, nms_threshold=nms_threshold))
+  candidates = TinyJit(functools.partial(_candidates, level_sizes=level_sizes, rejected=rejected, topk=topk, nms_threshold=nms_threshold))
   suppress = TinyJit(functools.partial(_suppress, max_detections=max_detections))
   candidates.cnt = suppress.cnt = 1  # capture on the first call: every input is realized, so there is nothing to warm up
   return candidates, suppress
 
 
-def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, sizes: Tensor, *, level_sizes: tuple[int, ...], minimum: float,
+def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, sizes: Tensor, *, level_sizes: tuple[int, ...], rejected: float,
                 topk: int, nms_threshold: float) -> tuple[Tensor, ...]:
   """All images' candidates, best first, N = levels * topk rounded up to whole words of 32.
 
@@ -182,7 +182,7 @@ def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, si
   B, A, K = cls_logits.shape
   L, logits = len(level_sizes), cls_logits.float()
   # a level's best k entries lie in the k rows with the best maxima (equal maxima: the earlier row), so only those rows are ever ranked
-  row_keys = _ordered_keys(logits.max(-1), minimum).contiguous()
+  row_keys = _ordered_keys(logits.max(-1), rejected).contiguous()
   longest = max(*level_sizes, topk)
   rows = Tensor.stack(*[x.pad((None, (0, longest - x.shape[1]))) for x in row_keys.split(list(level_sizes), dim=1)], dim=1)
   row = _largest_keys(rows, topk)    # [B,L,k] within its level; a short level is padded with rows that are none
@@ -190,7 +190,7 @@ def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, si
   starts = (0, *itertools.accumulate(level_sizes[:-1]))
   anchor = Tensor.stack(*[(row[:, l] + start).minimum(A - 1) for l, start in enumerate(starts)], dim=1).contiguous()
   row_logits = logits.gather(1, anchor.reshape(B, L * topk, 1).expand(B, L * topk, K)).reshape(B, L, topk, K)
-  keys = in_level.unsqueeze(-1).where(_ordered_keys(row_logits, minimum), 0).reshape(B, L, topk * K).contiguous()
+  keys = in_level.unsqueeze(-1).where(_ordered_keys(row_logits, rejected), 0).reshape(B, L, topk * K).contiguous()
   entry = _largest_keys(keys, topk)  # [B,L,k] in topk * K
   N = (L * topk + 31) // 32 * 32
   flat = lambda x: x.reshape(B, L * topk).pad((None, (0, N - L * topk))).contiguous()
@@ -228,11 +228,11 @@ def _suppress(boxes: Tensor, logits: Tensor, labels: Tensor, suppressors: Tensor
           labels.gather(1, index), kept_so_far[:, -1].minimum(max_detections).cast(dtypes.int32))
 
 
-def _ordered_keys(x: Tensor, minimum: float) -> Tensor:
-  """uint32 keys in the order of the float32 `x`; 0, which no number has, where `x` does not reach `minimum`."""
+def _ordered_keys(x: Tensor, rejected: float) -> Tensor:
+  """uint32 keys in the order of the float32 `x`; 0, which no number has, where `x` is not above `rejected`."""
   bits = x.bitcast(dtypes.int32)
   signed = (bits < 0).where(-(bits & 0x7fffffff), bits)
-  return (x >= minimum).where(signed.bitcast(dtypes.uint32).bitwise_xor(1 << 31), 0)
+  return (x > rejected).where(signed.bitcast(dtypes.uint32).bitwise_xor(1 << 31), 0)
 
 
 def _largest_keys(keys: Tensor, k: int) -> Tensor:

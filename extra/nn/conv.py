@@ -3,8 +3,51 @@
 tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
 from tinygrad import Tensor
+from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.function import function
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+
+LANES, TILE = 16, 4  # floats in the widest vector of current processors, and columns that share a vector of weights
+
+
+def _on_cpu(*tensors: Tensor) -> bool: return all(t.device == "CPU" for t in tensors)
+
+
+def _scratch(x: Tensor, weight: Tensor, stride: int, pad: tuple[int, int, int, int]) -> Tensor:
+  """Memory for the output of `_correlate`."""
+  sides = [(side + before + after - k) // stride + 1 for side, k, before, after in zip(x.shape[2:], weight.shape[2:], pad[2::-2], pad[3::-2])]
+  return Tensor.invalids(x.shape[0], weight.shape[0], *sides, dtype=x.dtype, device=x.device)
+
+
+def _correlate(x: Tensor, weight: Tensor, stride: int, groups: int, pad: tuple[int, int, int, int], out: Tensor | None = None) -> Tensor:
+  """`Tensor.conv2d`: x [B,Cin,H,W] padded by (left, right, top, bottom), weight [Cout,Cin/groups,KH,KW] -> [B,Cout,OH,OW].
+
+  On one CPU the kernel is spelled out, with its tile: tinygrad's own choice there is vectors of four floats, 25 GFLOPS where this does 40.
+  `out` is its memory: a caller inside a `function` must bring it, because bodies of equal shapes would share what they make themselves."""
+  if groups > 1 or not _on_cpu(x, weight): return x.conv2d(weight.contiguous(), groups=groups, stride=stride, padding=pad)
+  x = x.pad(((0, 0), (0, 0), pad[2:], pad[:2]))
+  flat = weight.shape[2:] == (1, 1) and stride == 1            # tinygrad would join rows and columns there, and number the axes anew
+  if out is None: out = _scratch(x, weight, stride, (0,) * 4)
+  size = out.shape[2:]
+  if flat: x, out = x.reshape(*x.shape[:2], 1, -1), out.reshape(*out.shape[:2], 1, -1)
+  (out_channels, in_channels, *taps), shape = weight.shape, out.shape
+
+  def kernel(out: UOp, x: UOp, weight: UOp) -> UOp:
+    b, o, h, w = (UOp.range(n, axis) for axis, n in enumerate(shape))
+    i, p, q = (UOp.range(n, 4 + axis, AxisType.REDUCE) for axis, n in enumerate((in_channels, *taps)))
+    total = (x[b, i, h * stride + p, w * stride + q] * weight[o, i, p, q]).reduce(i, p, q, arg=Ops.ADD)
+    tile = {1: LANES, 3: TILE} if out_channels % LANES == 0 else {1: TILE, 3: LANES}
+    return out[b, o, h, w].store(total).end(b, o, h, w).sink(arg=KernelInfo(name="conv", opts_to_apply=_tile(shape, tile)))
+
+  return out.custom_kernel(x.contiguous(), weight.contiguous(), fxn=kernel)[0].reshape(*shape[:2], *size)
+
+
+def _tile(shape: tuple[int, ...], tile: dict[int, int]) -> tuple[Opt, ...]:
+  """Compute the largest part of `tile` (axis -> elements) that divides `shape` at once. Later axes first, and counted without those of length 1:
+  both an axis of one element and one that is computed whole are gone from the numbering."""
+  lengths = {axis: next(n for n in range(min(shape[axis], most), 0, -1) if shape[axis] % n == 0) for axis, most in sorted(tile.items(), reverse=True)}
+  return tuple(Opt(OptOps.UPCAST, sum(n > 1 for n in shape[:axis]), length) for axis, length in lengths.items() if length > 1)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
@@ -23,10 +66,10 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride:
   after = [0 if p < stride else stride * t - b - k for p, t, b, k in zip(phases, taps, before, kernel)]
   w = weight.pad(((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1])))
   w = w.reshape(groups, out_channels // groups, per_group, taps[0], phases[0], taps[1], phases[1]).flip((3, 5)).permute(0, 2, 4, 6, 1, 3, 5)
-  w = w.reshape(groups * per_group * phases[0] * phases[1], out_channels // groups, *taps).contiguous()
+  w = w.reshape(groups * per_group * phases[0] * phases[1], out_channels // groups, *taps)
   rows, columns = ((side + stride - 1) // stride for side in size)
   pad = (-low[1], columns + high[1] - grad.shape[3], -low[0], rows + high[0] - grad.shape[2])
-  out = grad.conv2d(w, groups=groups, padding=pad)
+  out = _correlate(grad, w, 1, groups, pad)
   if stride == 1: return out
   out = out.reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
   out = out.pad(((0, 0),) * 3 + ((0, stride - phases[0]), (0, 0), (0, stride - phases[1]))).reshape(batch, -1, rows * stride, columns * stride)
@@ -35,11 +78,35 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride:
 
 def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
   """Gradient [Cout,Cin/groups,KH,KW] of the weight: input and output gradient, each with batch and channels swapped, convolved with each other."""
-  batch, out_channels, in_channels = x.shape[0], grad.shape[1], x.shape[1]
+  if groups == 1 and _on_cpu(grad, x): return _cpu_weight_gradient(grad, x, kernel, stride, padding)
+  batch, in_channels = x.shape[0], x.shape[1]
   x = x.reshape(batch, groups, in_channels // groups, *x.shape[2:]).permute(2, 1, 0, 3, 4).reshape(-1, groups * batch, *x.shape[2:])
   g = grad.transpose(0, 1)                                                            # [Cout,B,OH,OW]: B is what a group's "input channels" are here
   out = x.conv2d(g, groups=groups, dilation=stride, padding=padding)                  # [Cin/groups,Cout,>=KH,>=KW]
   return out.shrink((None, None, (0, kernel[0]), (0, kernel[1]))).transpose(0, 1)
+
+
+def _cpu_weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
+  """`_weight_gradient` without groups, its kernel spelled out as in `_correlate`: of input and output gradient, the one with friendlier channels is laid
+  out channels last, and a vector of them is multiplied with `kernel` columns of the other at once."""
+  x = x.pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
+  (batch, out_channels, rows, columns), in_channels, (taps_y, taps_x) = grad.shape, x.shape[1], kernel
+  input_last = out_channels % LANES > 0 and in_channels % LANES == 0
+  x, grad = (x.permute(0, 2, 3, 1), grad) if input_last else (x, grad.permute(0, 2, 3, 1))
+  shape = (out_channels, in_channels, taps_y, taps_x)
+  vector, scalar = (1, 0) if input_last else (0, 1)
+  # Where the kernel has one place to be, tinygrad joins axes and numbers them anew; there is too little work for a tile to matter.
+  opts = _tile(shape, {vector: LANES} | {3 if taps_x > 1 else scalar: TILE}) if min(rows, columns) > 1 else None
+
+  def accumulate(out: UOp, x: UOp, grad: UOp) -> UOp:
+    o, i, p, q = (UOp.range(n, axis) for axis, n in enumerate(shape))
+    b, h, w = (UOp.range(n, 4 + axis, AxisType.REDUCE) for axis, n in enumerate((batch, rows, columns)))
+    y, z = h * stride + p, w * stride + q
+    product = x[b, y, z, i] * grad[b, o, h, w] if input_last else x[b, i, y, z] * grad[b, h, w, o]
+    total = product.reduce(b, h, w, arg=Ops.ADD)
+    return out[o, i, p, q].store(total).end(o, i, p, q).sink(arg=KernelInfo(name="conv_weight_gradient", opts_to_apply=opts))
+
+  return Tensor.invalids(*shape, dtype=x.dtype, device=x.device).custom_kernel(x.contiguous(), grad.contiguous(), fxn=accumulate)[0]
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
@@ -47,11 +114,14 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 
   Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW]; `bias` [Cout] or None. Returns [B,Cout,OH,OW]. Sides are cropped as torch crops them:
   what a stride does not reach gets gradient 0. Needs padding < kernel size."""
+  pad = (padding,) * 4
   def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
     # Contiguous, or everything behind the output gradient (the whole loss, in a head) is computed again at each tap.
-    g, (x, weight) = Tensor(grad).contiguous(), (Tensor(u) for u in call.src[1:])
-    return (_input_gradient(g, weight, x.shape[2:], stride, padding, groups).contiguous().uop,
-            _weight_gradient(g, x, weight.shape[2:], stride, padding, groups).uop)
+    g, (x, weight) = Tensor(grad).contiguous(), (Tensor(u) for u in call.src[1:3])
+    gradients = (_input_gradient(g, weight, x.shape[2:], stride, padding, groups).contiguous().uop,
+                 _weight_gradient(g, x, weight.shape[2:], stride, padding, groups).uop)
+    return gradients + (None,) * (len(call.src) - 3)
 
-  out = function(lambda x, weight: x.conv2d(weight, groups=groups, stride=stride, padding=padding), grad_fxn=gradient)(x, weight)
+  scratch = [_scratch(x, weight, stride, pad)] if groups == 1 and _on_cpu(x, weight) else []
+  out = function(lambda x, weight, *out: _correlate(x, weight, stride, groups, pad, *out), grad_fxn=gradient)(x, weight, *scratch)
   return out if bias is None else out + bias.reshape(1, -1, 1, 1)

@@ -1,6 +1,6 @@
 """Weight initialisation, drawn with numpy: the same values on every device, and no kernel to compile for any of them."""
 import math, zlib
-from typing import Callable
+from collections.abc import Callable
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.dtype import _to_np_dtype
@@ -49,6 +49,7 @@ def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed
 
 def assign(tensor: Tensor, values: np.ndarray) -> None:
   """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
-  values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(tensor.shape)
+  values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(-1)
   is_param = tensor.is_param
-  tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT)).is_param_(is_param).realize()
+  # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
+  tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT).reshape(tensor.shape)).is_param_(is_param).realize()

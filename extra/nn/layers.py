@@ -1,5 +1,5 @@
 """Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `extra.nn.init.initialize` or a checkpoint."""
-from typing import Callable
+from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import TRAINING
 from extra.nn.conv import conv2d

@@ -1,6 +1,7 @@
 """The loop that every trainer here runs. A task brings its losses; this brings the gradient, the update, the log and the clock."""
 import itertools, math, time
-from typing import Any, Callable
+from typing import Any
+from collections.abc import Callable
 import numpy as np
 from tinygrad import Context, GlobalCounters, Tensor, TinyJit
 from extra.errors import UserError

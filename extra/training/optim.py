@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules as tensor expressions: a whole update is part of the jitted step, with no number from the host in it."""
 import contextlib, math
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
 
@@ -13,7 +13,7 @@ def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, w
   """Linear warm-up from `warmup_factor * lr`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of `milestones` (steps); "cosine",
   down to 0 at `total_steps` (Loshchilov & Hutter 2016)."""
   def rate(step: Tensor) -> Tensor:
-    factor = Tensor.ones(1)
+    factor = step.ones_like()   # on the devices that the count is on
     if kind == "step":
       for milestone in milestones or []: factor = factor * (step >= milestone).where(gamma, 1.0)
     if kind == "cosine": factor = 0.5 * (1 + ((step / total_steps).minimum(1) * math.pi).cos())
@@ -25,7 +25,7 @@ def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, w
 class Optimizer:
   """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
 
-  Args: `params` name -> f32 tensor; `kind` one of OPTIMIZERS; `rate` from `schedule`; `weight_decay` for tensors of two dimensions and more,
+  Args: `params` name -> realised f32 tensor; `kind` one of OPTIMIZERS; `rate` from `schedule`; `weight_decay` for tensors of two dimensions and more,
   `norm_weight_decay` for the others (norms and biases); `clip_norm` bounds the norm of the whole gradient, 0 leaves it; `ema_decay` > 0 keeps an
   exponential moving average in `ema`, which starts short and lengthens to that decay.
   Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""

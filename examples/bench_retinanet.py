@@ -1,0 +1,288 @@
+"""Measure a RetinaNet training step, the loader and the post-processing on this machine.
+
+Caches are cold: whatever tinygrad or the GPU's driver compiled before is not used, so the time to the first step is a new user's.
+With `--baseline` the same network, batch and optimiser also run in the form that comes to mind first in tinygrad, and the two are compared.
+tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
+import os, sys, tempfile, time
+if __name__ == "__main__":   # before tinygrad is imported, which reads these once
+  STARTED, CACHE = time.time(), tempfile.TemporaryDirectory(prefix="bench-")
+  os.environ |= {"XDG_CACHE_HOME": CACHE.name, "CACHEDB": f"{CACHE.name}/cache.db", "CUDA_CACHE_PATH": f"{CACHE.name}/cuda"}
+import json, math, platform, re, resource, secrets, shlex, subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+import numpy as np
+from extra import require_device
+from extra.errors import UserError, exit_on_user_error
+from extra.training.config import as_dict, describe, option, parse, show_size, size
+from tinygrad import Context, Device, GlobalCounters, Tensor, TinyJit
+from tinygrad.nn import optim as tinygrad_optim
+from tinygrad.nn.state import get_state_dict
+from extra.datasets import open_dataset
+from extra.datasets.loader import Loader
+from extra.datasets.subset import Subset
+from extra.datasets.transforms import compose, horizontal_flip, resize
+from extra.detection import losses as detection_losses
+from extra.detection.anchors import anchors, level_sizes
+from extra.detection.matcher import match
+from extra.detection.postprocess import detect
+from extra.models import resnet, retinanet
+from extra.models.preprocess import MEAN, STD, normalize
+from extra.nn import init, layers
+from extra.training import optim
+from extra.training.loop import make_step
+from extra.training.parallel import devices, replicate, to_devices
+from extra.training.precision import DTYPES
+
+LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
+BOXES = 8                    # on each picture
+POSTPROCESS_CLASSES = 91     # COCO's
+POSTPROCESS_MEANS = {"trained": -6.5, "untrained": -4.6}
+
+# ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config:
+  backbone: str = option("resnet18", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="step")
+  variant: str = option("v1", "torchvision's RetinaNet v1 or v2", choices=("v1", "v2"), group="step")
+  norm: str = option("frozen", "the backbone's norm layers", choices=tuple(layers.NORMS), group="step")
+  size: tuple = option((128, 128), "pixels the network sees: 800, or width x height as 192x144", parse=size, show=show_size, group="step")
+  bs: int = option(2, "pictures a step, over all devices", minimum=1, group="step")
+  classes: int = option(10, "classes of the detector", minimum=1, group="step")
+  dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="step")
+  gpus: int = option(1, "devices to divide the batch among", minimum=1, group="step")
+  steps: int = option(8, "steps to time after the first", minimum=1, group="step")
+  plain: bool = option(False, "measure the plain form instead", group="step")
+  baseline: bool = option(False, "measure the plain form too, afterwards, in a process of its own", group="step")
+
+  loader_images: int = option(256, "pictures to load, in this process; 0 skips it", minimum=0, group="the rest")
+  data: str | None = option(None, "a folder in COCO or Pascal VOC layout to load from, besides the embedded shapes", group="the rest")
+  postprocess_size: int = option(800, f"pixels, of the picture whose outputs for {POSTPROCESS_CLASSES} classes become detections; 0 skips it",
+                                 minimum=0, group="the rest")
+  json: str | None = option(None, "file to write the numbers to", group="the rest")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- step
+
+
+def our_step(config: Config, gpus: tuple[str, ...]) -> Callable[..., float]:
+  """A step as `train_retinanet.py` runs it: (images, boxes, labels) -> loss. Its first call captures."""
+  width, height = config.size
+  model = retinanet.build(detector_name(config), config.classes, config.norm)
+  tensors = get_state_dict(model)
+  params, buffers = {key: t for key, t in tensors.items() if t.is_param}, [t for t in tensors.values() if not t.is_param]
+  optimizer = optim.Optimizer(params, "sgd", optim.schedule("constant", LR, 1), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY,
+                              norm_weight_decay=WEIGHT_DECAY)
+  level_anchors = Tensor(anchors(height, width))
+  replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
+
+  def losses(images: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    classes, matched = match(level_anchors, boxes, labels)
+    outputs = model(normalize(images, DTYPES[config.dtype]))
+    classification, regression = detection_losses.detection_losses(*outputs, level_anchors, classes, matched)
+    return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
+
+  step = make_step(losses, optimizer, buffers)
+  return lambda *batch: step(*batch)()["loss"]
+
+
+def detector_name(config: Config) -> str: return f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
+
+# ---------------------------------------------------------------------------------------------------------------------------- the plain form
+
+
+def plain_step(config: Config, gpus: tuple[str, ...]) -> Callable[..., float]:
+  """The same step with tinygrad's own random numbers, convolution, gradients, optimiser and jit. Its second call captures."""
+  width, height = config.size
+  with patch.object(init, "initialize", plain_initialize): model = retinanet.build(detector_name(config), config.classes, config.norm)
+  level_anchors = Tensor(anchors(height, width))
+  replicate([*get_state_dict(model).values(), level_anchors], gpus)
+  optimizer = tinygrad_optim.SGD(list(get_state_dict(model).values()), LR, MOMENTUM, WEIGHT_DECAY)
+
+  @TinyJit
+  def step(images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    with Context(TRAINING=1):
+      optimizer.zero_grad()
+      loss = plain_loss(model, images, level_anchors, *match(level_anchors, boxes, labels), config)
+      loss.backward()
+      optimizer.step()
+    return loss.realize()
+
+  return lambda *batch: step(*batch).item()
+
+
+def plain_loss(model: retinanet.RetinaNet, images: Tensor, level_anchors: Tensor, classes: Tensor, matched: Tensor, config: Config) -> Tensor:
+  """The scalar loss, all of it for tinygrad to differentiate, with no `contiguous` anywhere in the network."""
+  mean, std = (Tensor(values, device=images.device).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+  images = ((images.permute(0, 3, 1, 2) / 255 - mean) / std).cast(DTYPES[config.dtype])
+  with ExitStack() as plainly:
+    plainly.enter_context(patch.object(Tensor, "contiguous", lambda tensor: tensor))
+    plainly.enter_context(patch.object(layers, "conv2d", lambda x, weight, bias, stride, padding, groups:
+                                       x.conv2d(weight, bias, groups=groups, stride=stride, padding=padding)))
+    plainly.enter_context(patch.object(detection_losses, "sigmoid_focal_loss", plain_focal_loss))
+    classification, regression = detection_losses.detection_losses(*model(images), level_anchors, classes, matched)
+  return classification + regression
+
+
+def plain_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+  """`losses.sigmoid_focal_loss` as its paper writes it."""
+  p = logits.sigmoid()
+  weight, p_t = targets.where(alpha, 1 - alpha), targets.where(p, 1 - p)
+  return weight * (1 - p_t) ** gamma * logits.binary_crossentropy_logits(targets.cast(logits.dtype), reduction="none")
+
+
+def plain_initialize(model: retinanet.RetinaNet, rule: Callable, seed: int) -> None:
+  """`init.initialize` by tinygrad's random operations, one a tensor."""
+  Tensor.manual_seed(seed)
+  for key, tensor in (tensors := get_state_dict(model)).items():
+    if tensor.ndim == 4: values = Tensor.normal(*tensor.shape, std=0.01) if key.startswith("head.") else Tensor.kaiming_normal(*tensor.shape)
+    elif key.endswith("cls_logits.bias"): values = Tensor.full(tensor.shape, -math.log((1 - retinanet.PRIOR) / retinanet.PRIOR))
+    else: values = Tensor.full(tensor.shape, 1 if key.endswith(("weight", "running_var")) else 0, dtype=tensor.dtype)
+    is_param = tensor.is_param
+    tensor.replace(values.clone()).is_param_(is_param)
+  Tensor.realize(*tensors.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- measurements
+
+
+def measure_step(config: Config) -> dict[str, float]:
+  """Numbers of one training step; `peak_device_mb` is what tinygrad holds after a step, when a captured step's buffers are all allocated."""
+  gpus = devices(config.gpus)
+  step = (plain_step if config.plain else our_step)(config, gpus)
+  batch = [to_devices(array, gpus) for array in random_batch(config)]
+  since_start, seconds, device_bytes = [], [], 0
+  captured = 2 if config.plain else 1
+  for i in range(1, captured + config.steps + 1):
+    GlobalCounters.reset()
+    begun = time.perf_counter()
+    loss = step(*batch)
+    elapsed = time.perf_counter() - begun
+    device_bytes = max(device_bytes, GlobalCounters.mem_used)
+    if i <= captured: since_start.append(time.time() - STARTED)
+    else: seconds.append(elapsed)
+    print(f"step {i}: loss {loss:.4f}, {elapsed:.3f} s" + f", done {since_start[-1]:.1f} s after the program's start" * (i <= captured), flush=True)
+  kernels, gflop, median = GlobalCounters.kernel_count, GlobalCounters.global_ops / 1e9, float(np.median(seconds))
+  return {"first_step_s": since_start[0], "captured_step_s": since_start[-1], "step_median_s": median, "step_min_s": min(seconds),
+          "images_per_s": config.bs / median, "kernels": kernels, "gflop": gflop, "gflop_per_s": gflop / median,
+          "peak_device_mb": device_bytes / 1e6, "peak_process_mb": peak_process_bytes() / 1e6}
+
+
+def peak_process_bytes() -> int:
+  """The most memory of the host that this process has held."""
+  # On Linux ru_maxrss starts from the parent's, which would count our step's memory for the plain form.
+  if (status := Path("/proc/self/status")).exists(): return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def random_batch(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """images u8 [B,H,W,3], boxes f32 [B,M,4] and labels i32 [B,M], as a loader gives them."""
+  rng, canvas = np.random.default_rng(0), np.tile(np.float32(config.size), 2)
+  corners = np.sort(rng.random((config.bs, BOXES, 2, 2), np.float32), axis=2)
+  boxes = (0.05 + 0.9 * corners + np.float32([[-0.05], [0.05]])).reshape(config.bs, BOXES, 4) * canvas
+  return rng.integers(0, 256, (config.bs, *config.size[::-1], 3), np.uint8), boxes, rng.integers(0, config.classes, (config.bs, BOXES), np.int32)
+
+
+def measure_loader(config: Config, spec: str) -> float:
+  """Training pictures a second that one process reads or draws, resizes and flips."""
+  width, height = config.size
+  dataset = open_dataset(spec, "train", **({"size": max(config.size)} if spec.startswith("shapes") else {}))
+  loader = Loader(Subset(dataset, config.loader_images), config.bs, compose(resize(height, width), horizontal_flip()), shuffle=True)
+  begun = time.perf_counter()
+  images = sum(int((batch.image_ids >= 0).sum()) for batch in loader.epoch(0))
+  return images / (time.perf_counter() - begun)
+
+
+def measure_postprocess(side: int, repeats: int = 5) -> dict[str, float]:
+  """Pictures a second, one at a time, from head outputs to detections, with logits drawn from normal distributions of deviation 1.
+
+  At 800 pixels there are 120,087 anchors. With the mean of "trained" some 2,000 of the 10.9 million scores exceed the threshold of 0.05; with that of
+  "untrained", the bias that the class logits start from, half a million do, so that the largest levels have their full thousand candidates."""
+  level_anchors, levels = anchors(side, side), level_sizes(side, side)
+  rng, sizes, rates = np.random.default_rng(0), np.array([[side, side]], np.int32), {}
+  noise = rng.standard_normal((1, len(level_anchors), POSTPROCESS_CLASSES), np.float32)
+  deltas = Tensor(rng.standard_normal((1, len(level_anchors), 4), np.float32) * np.float32(0.2)).realize()
+  for kind, mean in POSTPROCESS_MEANS.items():
+    logits, seconds = Tensor(noise + np.float32(mean)).realize(), []
+    for _ in range(1 + repeats):
+      begun = time.perf_counter()
+      detect(logits, deltas, Tensor(level_anchors), levels, sizes)
+      seconds.append(time.perf_counter() - begun)
+    rates[kind] = 1 / float(np.median(seconds[1:]))   # the first one warms up
+  return rates
+
+
+def measure_baseline(flags: list[str]) -> dict[str, float] | None:
+  """What `--plain` measures in a process of its own; None if it fails."""
+  file = Path(CACHE.name) / "plain.json"
+  rest = ["--plain", "--no-baseline", "--loader-images", "0", "--postprocess-size", "0", "--json", str(file)]
+  done = subprocess.run([sys.executable, __file__, *flags, *rest], check=False)
+  return json.loads(file.read_text())["step"] if done.returncode == 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- report
+
+ROWS = {"first_step_s": "start to first step, s", "captured_step_s": "start to first captured step, s", "step_median_s": "step, median, s",
+        "step_min_s": "step, least, s", "images_per_s": "images/s", "kernels": "kernels a step", "gflop": "GFLOP a step",
+        "gflop_per_s": "GFLOP/s", "peak_device_mb": "device memory, MB", "peak_process_mb": "process memory, MB"}
+
+
+def table(results: dict) -> str:
+  """The numbers as text, one a line; beside them those of the plain form and their ratio to ours, where it was measured."""
+  plain, ratios = results.get("plain"), results.get("ratios")
+  lines = [f"{'':32}{'ours':>12}{'plain':>12}{'plain/ours':>12}"] if plain else []
+  for key, words in ROWS.items():
+    lines.append(f"{words:32}{results['step'][key]:12.4g}" + (f"{plain[key]:12.4g}{ratios[key]:12.2f}" if plain else ""))
+  lines += [f"{'loader, ' + spec + ', images/s':32}{rate:12.4g}" for spec, rate in results["loader"].items()]
+  lines += [f"{'postprocess, ' + kind + ', images/s':32}{rate:12.4g}" for kind, rate in results["postprocess"].items()]
+  return "\n".join(lines)
+
+
+def save(file: str | None, results: dict) -> None:
+  """Write `results` to `file`, whole or not at all."""
+  if file is None: return
+  partial = Path(f"{file}.{secrets.token_hex(4)}")
+  try:
+    partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+  finally: partial.unlink(missing_ok=True)
+
+
+def main(config: Config) -> None:
+  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
+  if config.plain and config.baseline: raise UserError("--baseline compares with --plain: choose one of them")
+  if config.json is not None and not Path(config.json).absolute().parent.is_dir(): raise UserError(f"--json {config.json}: its folder does not exist")
+  if config.data is not None: open_dataset(config.data, "train")
+  about = {"command": shlex.join([Path(__file__).name, *sys.argv[1:]]), "config": as_dict(config), "device": Device.DEFAULT,
+           "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": os.getloadavg()[0],
+           "date": datetime.now(UTC).isoformat(timespec="seconds"),
+           "versions": {"python": platform.python_version(), "tinygrad": version("tinygrad"), "numpy": np.__version__}}
+  print(f"{detector_name(config)}{' (plain)' * config.plain}, norm {config.norm}, {show_size(config.size)} pixels, {config.bs} pictures a step, "
+        f"{config.classes} classes, {config.dtype}\n"
+        f"on {config.gpus} x {Device.DEFAULT}; {about['machine']}, load average {about['load_average']:.1f}")
+  print(f"settings: {describe(config) or 'the defaults'}", flush=True)
+
+  results = about | {"step": measure_step(config), "loader": {}, "postprocess": {}}
+  if config.loader_images:
+    for spec in ["shapes:2"] + [config.data] * (config.data is not None): results["loader"][spec] = measure_loader(config, spec)
+  if config.postprocess_size: results["postprocess"] = measure_postprocess(config.postprocess_size)
+  save(config.json, results)
+  if config.baseline:
+    print("the plain form:", flush=True)
+    if (plain := measure_baseline(sys.argv[1:])) is not None:
+      results |= {"plain": plain, "ratios": {key: plain[key] / value for key, value in results["step"].items()}}
+      save(config.json, results)
+    else: print("the plain form failed: no comparison")
+  print(table(results))
+
+
+if __name__ == "__main__":
+  with exit_on_user_error():
+    config = parse(Config, {}, sys.argv[1:], os.environ)
+    require_device()
+    main(config)

@@ -1,0 +1,113 @@
+"""The convolution with its own gradient: against float64 sums over taps, finite differences, and the gradient that tinygrad derives itself."""
+import numpy as np, pytest
+from tinygrad import Tensor, dtypes
+from extra.nn.conv import conv2d
+from extra.training.loop import jit
+
+# batch, channels in and out, height, width, kernel, stride, padding, groups
+CASES = [
+  (2, 4, 6, 9, 8, 3, 1, 1, 1), (2, 4, 6, 9, 8, 3, 2, 1, 1), (2, 4, 6, 9, 8, 1, 2, 0, 1), (2, 4, 6, 10, 7, 3, 2, 1, 2), (1, 3, 4, 13, 12, 7, 2, 3, 1),
+  (2, 4, 4, 6, 6, 3, 1, 1, 4), (2, 4, 6, 7, 8, 1, 1, 0, 2), (1, 2, 2, 9, 9, 2, 3, 0, 1), (1, 3, 3, 8, 5, 2, 2, 1, 3), (1, 2, 3, 8, 7, 3, 1, 2, 1),
+  # channels in whole vectors on either side or on both, and outputs of one row, one column, one pixel
+  (2, 16, 32, 5, 6, 3, 1, 1, 1), (2, 32, 18, 6, 5, 3, 2, 1, 1), (1, 6, 16, 4, 8, 1, 1, 0, 1), (1, 16, 16, 1, 5, 3, 1, 1, 1),
+  (2, 16, 3, 2, 2, 3, 2, 1, 1), (1, 8, 6, 1, 1, 3, 1, 1, 1)]
+
+
+def oracle(x, w, bias, stride, padding, groups):
+  """Forward in float64, tap by tap, and the function that carries an output gradient back to input and weight."""
+  (batch, _, height, width), (cout, per_group, k, _) = x.shape, w.shape
+  oh, ow = ((side + 2 * padding - k) // stride + 1 for side in (height, width))
+  w, padded = w.astype(np.float64), np.pad(x.astype(np.float64), ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+  out = np.zeros((batch, cout, oh, ow)) + bias[:, None, None]
+  def taps():
+    for i, j in np.ndindex(k, k):
+      for o in range(cout):
+        first = o // (cout // groups) * per_group
+        yield i, j, o, (slice(None), slice(first, first + per_group), slice(i, i + stride * oh, stride), slice(j, j + stride * ow, stride))
+  for i, j, o, window in taps(): out[:, o] += np.einsum("bchw,c->bhw", padded[window][..., :oh, :ow], w[o, :, i, j])
+  def back(r):
+    r = r.astype(np.float64)
+    gx, gw = np.zeros_like(padded), np.zeros(w.shape)
+    for i, j, o, window in taps():
+      gx[window] += np.einsum("bhw,c->bchw", r[:, o], w[o, :, i, j])
+      gw[o, :, i, j] = np.einsum("bhw,bchw->c", r[:, o], padded[window])
+    return gx[:, :, padding:padding + height, padding:padding + width], gw, r.sum((0, 2, 3))
+  return out, back
+
+
+def draw(case):
+  batch, cin, cout, height, width, k, stride, padding, groups = case
+  rng = np.random.default_rng(CASES.index(case))
+  x, w, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((batch, cin, height, width), (cout, cin // groups, k, k), (cout,)))
+  out, back = oracle(x, w, bias, stride, padding, groups)
+  return x, w, bias, rng.standard_normal(out.shape).astype(np.float32), out, back
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients(case):
+  *_, stride, padding, groups = case
+  x, w, bias, r, out, back = draw(case)
+  tensors = [Tensor(a) for a in (x, w, bias)]
+  ours = conv2d(*tensors, stride, padding, groups)
+  theirs = tensors[0].conv2d(tensors[1], tensors[2], groups, stride, padding=padding)
+  found, derived = ([y, *(y * Tensor(r)).sum().gradient(*tensors)] for y in (ours, theirs))
+  Tensor.realize(*found, *derived)
+  for a, b, expected in zip(found, derived, [out, *back(r)]):
+    np.testing.assert_allclose(a.numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(b.numpy(), expected, atol=2e-5)   # so ours equals tinygrad's own to rounding
+
+
+def test_the_oracle_against_finite_differences():
+  case = CASES[4]
+  *_, stride, padding, groups = case
+  x, w, bias, r, _, back = draw(case)
+  def loss(x, w): return (oracle(x, w, bias, stride, padding, groups)[0] * r).sum()
+  gx, gw, _ = back(r)
+  for index in [(0, 0, 0, 0), (0, 1, 12, 11), (0, 2, 6, 5), (0, 0, 3, 11)]:
+    step = np.zeros(x.shape)
+    step[index] = 1e-3
+    assert (loss(x + step, w) - loss(x - step, w)) / 2e-3 == pytest.approx(gx[index], abs=1e-8)
+  for index in [(0, 0, 0, 0), (3, 2, 6, 6), (1, 1, 3, 4)]:
+    step = np.zeros(w.shape)
+    step[index] = 1e-3
+    assert (loss(x, w + step) - loss(x, w - step)) / 2e-3 == pytest.approx(gw[index], abs=1e-8)
+
+
+def test_bfloat16():
+  case = CASES[3]
+  *_, stride, padding, groups = case
+  x, w, bias, r, out, back = draw(case)
+  tensors = [Tensor(a).cast(dtypes.bfloat16) for a in (x, w, bias)]
+  y = conv2d(*tensors, stride, padding, groups)
+  found = [y, *(y * Tensor(r).cast(dtypes.bfloat16)).sum().gradient(*tensors)]
+  assert all(t.dtype == dtypes.bfloat16 for t in found)
+  for a, expected in zip(found, [out, *back(r)]):
+    a = a.float().numpy()
+    assert np.isfinite(a).all() and abs(a - expected).max() < 0.02 * abs(expected).max()
+
+
+def test_convolutions_of_equal_shape_in_one_graph():
+  """Each keeps its own numbers, forward and back, and takes the weights of the moment each time the captured graph runs."""
+  case, rng = (1, 16, 16, 4, 6, 3, 1, 1, 1), np.random.default_rng(0)
+  x, *weights = (Tensor(rng.standard_normal(shape).astype(np.float32) * 0.1).realize() for shape in ((1, 16, 4, 6), *[(16, 16, 3, 3)] * 3))
+
+  @jit
+  def step(x):
+    y = x
+    for w in weights: y = conv2d(y, w, None, 1, 1)
+    gradients = y.square().sum().gradient(*weights)
+    Tensor.realize(y, *(w.assign(w - 0.01 * g) for w, g in zip(weights, gradients)))
+    return y
+
+  expected = [w.numpy().astype(np.float64) for w in weights]
+  for _ in range(3):
+    y, backs = x.numpy().astype(np.float64), []
+    for w in expected:
+      y, back = oracle(y, w, np.zeros(16), *case[-3:])
+      backs.append(back)
+    np.testing.assert_allclose(step(x).numpy(), y, atol=1e-4 * abs(y).max())
+    g = 2 * y
+    for i in (2, 1, 0):
+      g, gw, _ = backs[i](g)
+      expected[i] = expected[i] - 0.01 * gw
+    for w, e in zip(weights, expected): np.testing.assert_allclose(w.numpy(), e, atol=1e-5)
