@@ -92,21 +92,25 @@ def _cpu_weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], strid
   x = x.pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
   (batch, out_channels, rows, columns), in_channels, (taps_y, taps_x) = grad.shape, x.shape[1], kernel
   input_last = out_channels % LANES > 0 and in_channels % LANES == 0
-  x, grad = (x.permute(0, 2, 3, 1), grad) if input_last else (x, grad.permute(0, 2, 3, 1))
-  shape = (out_channels, in_channels, taps_y, taps_x)
-  vector, scalar = (1, 0) if input_last else (0, 1)
+  if input_last:   # a row of the kernel and its channels are one axis
+    x = x.permute(0, 2, 3, 1).reshape(batch, x.shape[2], -1)
+    shape, tile = (out_channels, taps_y, taps_x * in_channels), {0: TILE, 2: LANES}
+  else:
+    grad = grad.permute(0, 2, 3, 1)
+    shape, tile = (in_channels, taps_y, taps_x, out_channels), {2: TILE, 3: LANES} if taps_x > 1 else {0: TILE, 3: LANES}
   # Where the kernel has one place to be, tinygrad joins axes and numbers them anew; there is too little work for a tile to matter.
-  opts = _tile(shape, {vector: LANES} | {3 if taps_x > 1 else scalar: TILE}) if min(rows, columns) > 1 else None
+  info = KernelInfo(name="conv_weight_gradient", opts_to_apply=_tile(shape, tile) if min(rows, columns) > 1 else None)
 
   def accumulate(out: UOp, x: UOp, grad: UOp) -> UOp:
-    o, i, p, q = (UOp.range(n, axis) for axis, n in enumerate(shape))
-    b, h, w = (UOp.range(n, 4 + axis, AxisType.REDUCE) for axis, n in enumerate((batch, rows, columns)))
-    y, z = h * stride + p, w * stride + q
-    product = x[b, y, z, i] * grad[b, o, h, w] if input_last else x[b, i, y, z] * grad[b, h, w, o]
-    total = product.reduce(b, h, w, arg=Ops.ADD)
-    return out[o, i, p, q].store(total).end(o, i, p, q).sink(arg=KernelInfo(name="conv_weight_gradient", opts_to_apply=opts))
+    axes = [UOp.range(n, axis) for axis, n in enumerate(shape)]
+    b, h, w = (UOp.range(n, len(shape) + axis, AxisType.REDUCE) for axis, n in enumerate((batch, rows, columns)))
+    if input_last: product = x[b, h * stride + axes[1], w * stride * in_channels + axes[2]] * grad[b, axes[0], h, w]
+    else: product = x[b, axes[0], h * stride + axes[1], w * stride + axes[2]] * grad[b, h, w, axes[3]]
+    return out[*axes].store(product.reduce(b, h, w, arg=Ops.ADD)).end(*axes).sink(arg=info)
 
-  return Tensor.invalids(*shape, dtype=x.dtype, device=x.device).custom_kernel(x.contiguous(), grad.contiguous(), fxn=accumulate)[0]
+  out = Tensor.invalids(*shape, dtype=x.dtype, device=x.device).custom_kernel(x.contiguous(), grad.contiguous(), fxn=accumulate)[0]
+  # Contiguous, for gradients of a weight that is used often are added up, and reading them all across the grain is slow.
+  return (out.reshape(out_channels, taps_y, taps_x, in_channels).permute(0, 3, 1, 2) if input_last else out.permute(3, 0, 1, 2)).contiguous()
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
