@@ -9,7 +9,7 @@ setup(
   long_description_content_type="text/markdown",
   license="MIT",
   packages=find_packages(include=["extra", "extra.*"]),
-  package_data={"extra.models": ["weights/*.safetensors"]},
+  package_data={"extra.models": ["*.safetensors"]},
   python_requires=">=3.11",
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
   install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",

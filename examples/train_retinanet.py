@@ -43,12 +43,14 @@ class Config:
   data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
                        show=show_size, group="data")
-  max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0, group="data")
+  max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0,
+                         group="data")
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
   workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
-  train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0, group="data")
+  train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0,
+                             group="data")
   overfit: bool = option(False, "evaluate on the training pictures, unchanged: a sound model learns a few by heart", group="data")
 
   backbone: str = option("resnet18", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="model")
@@ -72,7 +74,8 @@ class Config:
   warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
   clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
-  ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1, group="training")
+  ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
+                      group="training")
   dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
   gpus: int = option(1, "devices to divide the batch among", minimum=1, group="training")
   seed: int = option(0, "of weights, data order and augmentation", minimum=0, group="training")
@@ -82,6 +85,7 @@ class Config:
   stop_at_target: bool = option(False, "end the run at the first evaluation that reaches --target", group="run")
   out: str = option("runs", "folder of all runs", group="run")
   run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")
+  save_half: bool = option(False, "write best.safetensors in half precision", group="run")
   resume: str | None = option(None, "go on with the run in this folder", group="run")
   log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
@@ -104,8 +108,8 @@ PRESETS = {
            "warmup": 0.136, "target": 0.364, "workers": 8, "log_every": 50},
   # MLCommons training: 800x800, Adam 1e-4, one epoch of warm-up, until mAP 0.34
   "mlperf": {"data": "openimages-mlperf", "size": (800, 800), "backbone": "resnext50_32x4d", "weights": "imagenet", "trainable_layers": 3, "bs": 256,
-             "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": 1.0, "target": 0.34, "stop_at_target": True, "workers": 8,
-             "dtype": "bf16", "log_every": 50}}
+             "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": 1.0, "dtype": "bf16",
+             "target": 0.34, "stop_at_target": True, "workers": 8, "log_every": 50}}
 
 
 def main(config: Config) -> None:
@@ -147,7 +151,7 @@ def main(config: Config) -> None:
                               norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema)
   resumed = {}
   if config.resume is not None:
-    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is in that folder")
+    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is there")
     resumed = load_run(path, model, optimizer)
   level_anchors = Tensor(anchors(height, width))
   replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
@@ -166,7 +170,8 @@ def main(config: Config) -> None:
   tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, target=config.target, mode=config.wandb,
                     resume_id=resumed.get("run_id"))
   about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
-           "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config), "run_id": tracker.id}
+           "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config),
+           "run_id": tracker.id}
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
         f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
@@ -182,10 +187,10 @@ def main(config: Config) -> None:
 
   def draw(batch, detections) -> None:
     for i in range(min(config.pictures - len(drawn), len(batch.image_ids))):
-      kept = (detections.scores[i] > 0.3).sum()
-      known = batch.labels[i] >= 0
-      drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known],
-                                   detections.boxes[i, :kept], detections.labels[i, :kept], detections.scores[i, :kept], train_set.class_names, done_steps))
+      known, sure = batch.labels[i] >= 0, detections.scores[i] > 0.3
+      found = (x[i][sure] for x in (detections.boxes, detections.labels, detections.scores))
+      drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known], *found,
+                                   train_set.class_names, done_steps))
 
   def after_epoch(epoch: int, done: int) -> bool:
     """Evaluate, draw, save; True ends the run."""
@@ -199,7 +204,7 @@ def main(config: Config) -> None:
                         level_sizes(height, width), CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
       result = metric.compute()
       state = about | {"epoch": epoch, "step": done, "mAP": result.metrics["mAP"], "best_mAP": max(best, result.metrics["mAP"])}
-      if result.metrics["mAP"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state)
+      if result.metrics["mAP"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state, config.save_half)
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
     tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
     print(f"epoch {epoch}: mAP {result.metrics['mAP']:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
@@ -215,8 +220,8 @@ def main(config: Config) -> None:
           epochs=config.epochs, start=done_steps, log_every=config.log_every, after_epoch=after_epoch)
     if result is None: after_epoch(config.epochs, done_steps)
     print(result.table, end="")
-    print(f"best mAP {best:.4f}" + ("" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}") +
-          f"; {duration(time.monotonic() - started)} in all")
+    target = "" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}"
+    print(f"best mAP {best:.4f}{target}; {duration(time.monotonic() - started)} in all")
     print(f"pictures: {tracker.folder / 'pictures'}   weights: {tracker.folder / 'best.safetensors'}")
     tracker.summary({f"final/{key}": value for key, value in result.metrics.items()} | {"minutes": (time.monotonic() - started) / 60})
   finally:
@@ -229,6 +234,7 @@ if __name__ == "__main__":
   with exit_on_user_error():
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not config.data.startswith("shapes"): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    if config.resume is not None: config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    if config.resume is not None:
+      config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
     require_device()
     main(config)

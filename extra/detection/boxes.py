@@ -15,7 +15,7 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
-  """Boxes [...,4] that `deltas` [...,4] make of `anchors` [...,4] (broadcast). Log scales are clamped at log(1000/16), as torchvision's `BoxCoder`."""
+  """Boxes [...,4] that `deltas` [...,4] make of `anchors` [...,4] (broadcast). Log scales are clamped at log(1000/16) (torchvision `BoxCoder`)."""
   anchor_size = anchors[..., 2:] - anchors[..., :2]
   center = deltas[..., :2] * anchor_size + (anchors[..., :2] + 0.5 * anchor_size)
   half = deltas[..., 2:].clamp(max_=MAX_LOG_SCALE).exp() * anchor_size * 0.5
@@ -25,7 +25,7 @@ def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
 def clip(boxes: Tensor, height: float | Tensor, width: float | Tensor) -> Tensor:
   """`boxes` [...,4] cut to the picture: x into [0, width], y into [0, height]; tensors must broadcast against [...]."""
   x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
-  return Tensor.stack(x1.maximum(0).minimum(width), y1.maximum(0).minimum(height), x2.maximum(0).minimum(width), y2.maximum(0).minimum(height), dim=-1)
+  return Tensor.stack(*(v.maximum(0).minimum(limit) for v, limit in ((x1, width), (y1, height), (x2, width), (y2, height))), dim=-1)
 
 
 def area(boxes: Tensor) -> Tensor:

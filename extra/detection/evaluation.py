@@ -11,8 +11,8 @@ def evaluate(predict: Callable[[Any], tuple[Tensor, Tensor]], batches: Iterable[
              watch: Callable[[Any, Detections], None] = lambda batch, detections: None, **options: Any) -> CocoMetric:
   """Add to `metric` what a detector finds on every batch, and return it.
 
-  Args: `predict(batch) -> (cls_logits [B,A,K], bbox_regression [B,A,4])`; `anchors` f32 [A,4] xyxy pixels of the network input; `watch(batch, detections)`
-  sees the detections in pixels of the network input (to draw them, say); `options` go to `postprocess.detect`."""
+  Args: `predict(batch) -> (cls_logits [B,A,K], bbox_regression [B,A,4])`; `anchors` f32 [A,4] xyxy pixels of the network input;
+  `watch(batch, detections)` sees the detections in pixels of the network input (to draw them, say); `options` go to `postprocess.detect`."""
   for batch in batches:
     detections = detect(*predict(batch), anchors, level_sizes, batch.sizes, **options)
     watch(batch, detections)

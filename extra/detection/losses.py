@@ -51,7 +51,9 @@ BOX_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"l1": l1, "
 
 def detection_losses(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, classes: Tensor, matched: Tensor,
                      box_loss: str = "l1") -> tuple[Tensor, Tensor]:
-  """(classification, bbox_regression), two scalars: each image's sum over max(1, its positives), averaged over the batch (torchvision `RetinaNetHead`).
+  """(classification, bbox_regression), two scalars: each image's sum over max(1, its positives), averaged over the batch.
+
+  As torchvision's `RetinaNetHead.compute_loss`.
 
   Args: `cls_logits` [B,A,K], `bbox_regression` [B,A,4], `anchors` f32 [A,4], `classes` i32 [B,A], `matched` f32 [B,A,4] xyxy pixels."""
   cls_logits, bbox_regression = cls_logits.cast(dtypes.float32), bbox_regression.cast(dtypes.float32)

@@ -10,7 +10,7 @@ class _ExtraBlocks:
 
 
 class FeaturePyramid:
-  """C3, C4, C5 -> P3..P7, all of `out_channels`: strides 8 to 128. `p6_from` is "p5" (RetinaNet as torchvision ships it) or "c5" (its v2, the paper)."""
+  """C3, C4, C5 -> P3..P7, all of `out_channels`: strides 8 to 128. `p6_from` is "p5" (torchvision's RetinaNet) or "c5" (its v2; the paper)."""
   def __init__(self, in_channels: list[int], out_channels: int, p6_from: str = "p5"):
     self.p6_from = p6_from
     self.inner_blocks = [[Conv2d(channels, out_channels, 1)] for channels in in_channels]
@@ -29,7 +29,7 @@ class FeaturePyramid:
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-  """Nearest neighbour from [B,C,h,w] to [B,C,H,W], where h = ceil(H / 2) and w = ceil(W / 2): each pixel twice, the last one cut where a side is odd."""
+  """Nearest neighbour from [B,C,h,w] to [B,C,H,W], h = ceil(H / 2) and w = ceil(W / 2): each pixel twice, the last cut where a side is odd."""
   b, c, h, w = x.shape
   return x.reshape(b, c, h, 1, w, 1).expand(b, c, h, 2, w, 2).reshape(b, c, h * 2, w * 2).shrink((None, None, (0, size[0]), (0, size[1])))
 

@@ -87,8 +87,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: i
 
 
 def _cpu_weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
-  """`_weight_gradient` without groups, its kernel spelled out as in `_correlate`: of input and output gradient, the one with friendlier channels is laid
-  out channels last, and a vector of them is multiplied with `kernel` columns of the other at once."""
+  """`_weight_gradient` without groups, its kernel spelled out as in `_correlate`: of input and output gradient, the one with friendlier channels is
+  laid out channels last, and a vector of them is multiplied with `kernel` columns of the other at once."""
   x = x.pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
   (batch, out_channels, rows, columns), in_channels, (taps_y, taps_x) = grad.shape, x.shape[1], kernel
   input_last = out_channels % LANES > 0 and in_channels % LANES == 0

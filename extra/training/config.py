@@ -82,7 +82,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def recall(config_class: type[Config], file: str | Path) -> dict[str, Any]:
-  """What `as_dict` wrote to the JSON `file`, as a preset for `parse`; fields that the class no longer has are left out. UserError if it cannot be read."""
+  """What `as_dict` wrote to the JSON `file`, as a preset for `parse`, less fields that the class no longer has. UserError if it cannot be read."""
   try: values = json.loads(Path(file).read_text(encoding="utf-8"))
   except (OSError, ValueError) as e: raise UserError(f"{file}: cannot be read as a configuration ({e})") from None
   names = {f.name for f in dataclasses.fields(config_class)}

@@ -66,7 +66,8 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   """Run `step` over the batches of `epochs` epochs, from step `start` on, and return the number of steps done.
 
   `to_device(batch)` gives the tensors of a step. The mean of each scalar over `log_every` steps goes to `tracker` as `train/<name>`, with the speed.
-  After each epoch comes `after_epoch(epochs done, steps done)`, which ends the run by returning True. Raises UserError where the loss is no longer a finite number."""
+  After each epoch comes `after_epoch(epochs done, steps done)`, which ends the run by returning True.
+  Raises UserError where the loss is no longer a finite number."""
   per_epoch, done, window, since = len(loader), start, [], None
   progress = Progress(per_epoch * epochs, loader.batch_size)
   for epoch in range(start // per_epoch, epochs):
@@ -80,7 +81,7 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
       scalars = read()
       done += 1
       if not math.isfinite(scalars["loss"]):
-        raise UserError(f"the loss is {scalars['loss']} at step {done} (image ids {ids.tolist()}): lower --lr, lengthen the warm-up or set --clip-norm")
+        raise UserError(f"the loss is {scalars['loss']} at step {done} (image ids {ids.tolist()}): lower --lr, lengthen --warmup or set --clip-norm")
       window.append(scalars)
       if since is None: since, timed = time.monotonic(), 0   # the first step compiles: not counted as speed
       else: timed += 1

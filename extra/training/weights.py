@@ -28,7 +28,7 @@ def load_run(path: Path, model: Any, optimizer: Optimizer) -> dict:
   """Put what `save_run` wrote back, and return its metadata; UserError where file and network differ."""
   tensors, metadata = checkpoint.load(path)
   wanted = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
-  if odd := sorted(wanted.keys() ^ tensors.keys()): raise UserError(f"{path}: is of another network or optimiser ({len(odd)} keys differ, as {odd[0]})")
+  if odd := sorted(wanted.keys() ^ tensors.keys()): raise UserError(f"{path}: is of another network or optimiser ({len(odd)} keys differ)")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{path}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
   for key, tensor in wanted.items(): assign(tensor, tensors[key])
@@ -49,7 +49,7 @@ def load_weights(name: str, model: Any) -> list[str]:
   kept = [k for k, t in wanted.items() if "cls_logits" in k and k in tensors and tensors[k].shape != t.shape]
   for key, tensor in wanted.items():
     if key.endswith("num_batches_tracked") or key in kept: continue
-    if key not in tensors: raise UserError(f"{path}: has no tensor {key}; is it of another backbone? ({len(tensors)} tensors, the first is {min(tensors)})")
+    if key not in tensors: raise UserError(f"{path}: has no tensor {key}; is it of another backbone? Its first is {min(tensors)}")
     if tensors[key].shape != tensor.shape: raise UserError(f"{path}: {key} has shape {tensors[key].shape}, this network needs {tensor.shape}")
   for key, tensor in wanted.items():
     if key in tensors and key not in kept: assign(tensor, tensors[key])
