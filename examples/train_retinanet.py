@@ -38,6 +38,9 @@ def numbers(text: str) -> tuple[int, ...]:
   except ValueError: raise ValueError("expected whole numbers with commas, such as 16,22") from None
 
 
+def embedded(data: str) -> bool: return data.partition(":")[0] == "shapes"
+
+
 @dataclass
 class Config:
   data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
@@ -94,12 +97,12 @@ class Config:
   project: str = option("tinygrad-retinanet", "wandb's project", group="run")
 
 
-SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "bs": 16, "target": 0.6}
+SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "norm": "batch", "box_loss": "giou", "lr": 3e-3, "target": 0.6}
 PRESETS = {
   # The small detector that ships with the code, fine-tuned to the six shapes of the second family: the default where --data is no folder.
-  "demo": SHAPES | {"data": "shapes:2", "weights": "shapes", "train_images": 800, "epochs": 4, "lr": 3e-3, "warmup": 0.2},
+  "demo": SHAPES | {"data": "shapes:2", "weights": "shapes", "bs": 8, "train_images": 3000, "epochs": 4, "warmup": 0.2},
   # How that detector was made: the first family, from random weights.
-  "scratch": SHAPES | {"data": "shapes:1", "train_images": 8000, "epochs": 8, "lr": 3e-3, "log_every": 50},
+  "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 8, "log_every": 50},
   # The default where --data is a folder: the defaults above, meant for a few hundred to some thousand pictures.
   "folder": {},
   # torchvision's references/detection: 8 GPUs x 2 images, SGD 0.01, 26 epochs
@@ -118,11 +121,13 @@ def main(config: Config) -> None:
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  drawn_on_demand = config.data.partition(":")[0] == "shapes"
-  options = {"size": max(config.size)} if drawn_on_demand else {}
-  train_set = open_dataset(config.data, "train", **options | ({"count": config.train_images or 4000} if drawn_on_demand else {}))
-  if config.train_images and not drawn_on_demand: train_set = Subset(train_set, config.train_images)
-  val_set = train_set if config.overfit else open_dataset(config.data, "val", **options | ({"count": 256} if drawn_on_demand else {}))
+  if embedded(config.data):
+    train_set = open_dataset(config.data, "train", size=max(config.size), count=config.train_images or 4000)
+    val_set = open_dataset(config.data, "val", size=max(config.size), count=256)
+  else:
+    train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+    if config.train_images: train_set = Subset(train_set, config.train_images)
+  if config.overfit: val_set = train_set
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
 
@@ -187,7 +192,7 @@ def main(config: Config) -> None:
 
   def draw(batch, detections) -> None:
     for i in range(min(config.pictures - len(drawn), len(batch.image_ids))):
-      known, sure = batch.labels[i] >= 0, detections.scores[i] > 0.3
+      known, sure = batch.labels[i] >= 0, detections.scores[i] > 0.5
       found = (x[i][sure] for x in (detections.boxes, detections.labels, detections.scores))
       drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known], *found,
                                    train_set.class_names, done_steps))
@@ -233,7 +238,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
   with exit_on_user_error():
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
-    if not config.data.startswith("shapes"): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
+    if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
     if config.resume is not None:
       config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
     require_device()

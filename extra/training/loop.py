@@ -36,7 +36,10 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
   def update(*tensors: Tensor) -> Tensor:
     with Context(TRAINING=1):
       scalars = losses(*tensors)
-      changed, logs = optimizer.update(scalars["loss"].gradient(*params))
+      gradients = [g.contiguous() for g in scalars["loss"].gradient(*params)]
+      # In two parts, as the time tinygrad takes to schedule a graph grows faster than its number of assignments.
+      Tensor.realize(*scalars.values(), *gradients, *buffers)
+      changed, logs = optimizer.update(gradients)
       return finish("update", scalars | logs, changed)
 
   @jit

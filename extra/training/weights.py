@@ -41,6 +41,7 @@ def load_weights(name: str, model: Any) -> list[str]:
   A run's checkpoint gives its averaged weights if it has them. Returns what a user should know, one line each: tensors left as they were because the
   number of classes differs. UserError names a key that is missing or misshapen otherwise."""
   path = SHIPPED.get(name, Path(name))
+  if not path.is_file(): raise UserError(f"--weights {name}: no such file; give none, {', '.join(SHIPPED)}, or a .safetensors file of a run")
   tensors, _ = checkpoint.load(path)
   if any(k.startswith("model.") for k in tensors):
     average = {k.removeprefix("optimizer.ema."): v for k, v in tensors.items() if k.startswith("optimizer.ema.")}
