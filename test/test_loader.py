@@ -179,10 +179,11 @@ def test_workers_end_with_the_loader():
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from extra.datasets.loader import Loader
 from extra.datasets.shapes import Shapes
 from extra.datasets.transforms import compose
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 loader = Loader(Shapes("train", count=100000), 8, compose(), workers=2)
 for i, batch in enumerate(loader.epoch(0)):
   if i == 1: print(*(p.pid for p in loader._pool.processes), flush=True)
