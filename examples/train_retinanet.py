@@ -9,6 +9,7 @@ from pathlib import Path
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.training.config import as_dict, describe, option, parse, recall, show_size, size
+import numpy as np
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
@@ -61,7 +62,7 @@ class Config:
   norm: str = option("auto", "the backbone's norm layers; auto is batch where --weights is none and frozen otherwise", choices=("auto", *NORMS),
                      group="model")
   weights: str = option("none", "where to start: none, shapes (ships with the code), or a .safetensors file of a run", group="model")
-  trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top", minimum=0, maximum=5, group="model")
+  trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0, maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
@@ -146,7 +147,7 @@ def main(config: Config) -> None:
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   model = retinanet.build(name, len(train_set.class_names), norm, config.seed)
   notes = load_weights(config.weights, model) if config.weights != "none" and config.resume is None else []
-  retinanet.freeze(model, config.trainable_layers)
+  if config.weights != "none": retinanet.freeze(model, config.trainable_layers)   # random layers are no use fixed (torchvision does the same)
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
@@ -192,7 +193,7 @@ def main(config: Config) -> None:
   best, result = resumed.get("best_mAP", -1.0), None
 
   def draw(batch, detections) -> None:
-    for i in range(min(config.pictures - len(drawn), len(batch.image_ids))):
+    for i in np.flatnonzero(batch.image_ids >= 0)[:config.pictures - len(drawn)]:
       known, sure = batch.labels[i] >= 0, detections.scores[i] > 0.5
       found = (x[i][sure] for x in (detections.boxes, detections.labels, detections.scores))
       drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known], *found,

@@ -7,7 +7,6 @@ from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.function import function
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-
 LANES, TILE = 16, 4  # floats in the widest vector of current processors, and columns that share a vector of weights
 
 
