@@ -62,7 +62,8 @@ class Config:
   norm: str = option("auto", "the backbone's norm layers; auto is batch where --weights is none and frozen otherwise", choices=("auto", *NORMS),
                      group="model")
   weights: str = option("none", "where to start: none, shapes (ships with the code), or a .safetensors file of a run", group="model")
-  trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0, maximum=5, group="model")
+  trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
+                                 maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
