@@ -24,26 +24,22 @@ from extra.detection.matcher import match
 from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
-from extra.training import checkpoint, optim
+from extra.training import checkpoint
 from extra.training.loop import jit, make_step, train
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
 from extra.training.tracking import Tracker, duration
+from extra.training.trainer import TrainerConfig, make_optimizer
 from extra.training.weights import load_run, load_weights, save_run, save_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
-
-
-def numbers(text: str) -> tuple[int, ...]:
-  try: return tuple(int(word) for word in text.split(",") if word)
-  except ValueError: raise ValueError("expected whole numbers with commas, such as 16,22") from None
 
 
 def embedded(data: str) -> bool: return data.partition(":")[0] == "shapes"
 
 
 @dataclass
-class Config:
+class Config(TrainerConfig):
   data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
                        show=show_size, group="data")
@@ -66,37 +62,7 @@ class Config:
                                  maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
-  bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
-  epochs: int = option(24, "passes over the training pictures", minimum=0, group="training")
-  optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
-  lr: float = option(5e-4, "learning rate after the warm-up", minimum=0, group="training")
-  momentum: float = option(0.9, "of SGD", minimum=0, maximum=1, group="training")
-  weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
-  norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
-  schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
-  milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=numbers,
-                             show=lambda v: ",".join(map(str, v)) or "none", group="training")
-  warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
-  accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
-  clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
-  ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
-                      group="training")
-  dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
-  gpus: int = option(1, "devices to divide the batch among", minimum=1, group="training")
-  seed: int = option(0, "of weights, data order and augmentation", minimum=0, group="training")
-
-  eval_every: int = option(1, "epochs between evaluations", minimum=1, group="run")
-  target: float | None = option(None, "mAP to reach, as 0.34; drawn beside the curve", minimum=0, maximum=1, group="run")
-  stop_at_target: bool = option(False, "end the run at the first evaluation that reaches --target", group="run")
-  out: str = option("runs", "folder of all runs", group="run")
-  run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")
-  save_half: bool = option(False, "write best.safetensors in half precision", group="run")
-  resume: str | None = option(None, "go on with the run in this folder", group="run")
-  log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
-  wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
-                             choices=("online", "offline", "disabled"), group="run")
-  project: str = option("tinygrad-retinanet", "wandb's project", group="run")
 
 
 SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "norm": "batch", "box_loss": "giou", "lr": 3e-3, "target": 0.6}
@@ -152,11 +118,7 @@ def main(config: Config) -> None:
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
-  steps = len(train_loader) // config.accumulate
-  rate = optim.schedule(config.schedule, config.lr, steps * config.epochs, warmup_steps=round(config.warmup * steps),
-                        milestones=[m * steps for m in config.milestones])
-  optimizer = optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
-                              norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema)
+  optimizer = make_optimizer(config, params, len(train_loader))
   resumed = {}
   if config.resume is not None:
     if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is there")
@@ -218,7 +180,7 @@ def main(config: Config) -> None:
     print(f"epoch {epoch}: mAP {result.metrics['mAP']:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
     best = max(best, result.metrics["mAP"])
     save_run(tracker.folder / f"checkpoint-{done}.safetensors", model, optimizer, state)
-    for old in sorted(tracker.folder.glob("checkpoint-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))[:-2]: old.unlink()
+    checkpoint.prune(tracker.folder)
     return config.stop_at_target and config.target is not None and best >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop

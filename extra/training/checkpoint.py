@@ -72,12 +72,22 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], Any]:
 
 def newest(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:
   """The whole `checkpoint-<step>.safetensors` of the highest step in folder, or None. A broken one is reported through warn and passed over."""
-  steps = {int(match[1]): p for p in Path(folder).glob("checkpoint-*.safetensors") if (match := re.fullmatch(r"checkpoint-([0-9]+)", p.stem))}
-  for step in sorted(steps, reverse=True):
-    try: load(steps[step])
+  for path in reversed(_checkpoints(folder)):
+    try: load(path)
     except UserError as e: warn(f"passing over a broken checkpoint: {e}")
-    else: return steps[step]
+    else: return path
   return None
+
+
+def prune(folder: str | Path, keep: int = 2) -> None:
+  """Remove all `checkpoint-<step>.safetensors` of folder but the `keep` of the highest steps."""
+  for old in _checkpoints(folder)[:-keep]: old.unlink()
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+  """The checkpoints of a run, whole or not, in the order of their steps."""
+  steps = {int(match[1]): p for p in Path(folder).glob("checkpoint-*.safetensors") if (match := re.fullmatch(r"checkpoint-([0-9]+)", p.stem))}
+  return [steps[step] for step in sorted(steps)]
 
 
 def _decode(data: bytearray) -> tuple[dict[str, np.ndarray], Any]:

@@ -1,0 +1,55 @@
+"""The settings that every trainer here has, and the optimiser that they describe."""
+from dataclasses import dataclass
+from tinygrad import Tensor
+from extra.training import optim
+from extra.training.config import option
+from extra.training.precision import DTYPES
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  try: return tuple(int(word) for word in text.split(",") if word)
+  except ValueError: raise ValueError("expected whole numbers with commas, such as 16,22") from None
+
+
+@dataclass
+class TrainerConfig:
+  """How a run learns and what it leaves behind; a program adds its data and its model."""
+  bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
+  epochs: int = option(24, "passes over the training pictures", minimum=0, group="training")
+  optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
+  lr: float = option(5e-4, "learning rate after the warm-up", minimum=0, group="training")
+  momentum: float = option(0.9, "of SGD", minimum=0, maximum=1, group="training")
+  weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
+  norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
+  schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
+  milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=_numbers,
+                             show=lambda v: ",".join(map(str, v)) or "none", group="training")
+  warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
+  accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
+  clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
+  ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
+                      group="training")
+  dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
+  gpus: int = option(1, "devices to divide the batch among", minimum=1, group="training")
+  seed: int = option(0, "of weights, data order and augmentation", minimum=0, group="training")
+
+  eval_every: int = option(1, "epochs between evaluations", minimum=1, group="run")
+  target: float | None = option(None, "score to reach, mAP or top-1, as 0.34; drawn beside the curve", minimum=0, maximum=1, group="run")
+  stop_at_target: bool = option(False, "end the run at the first evaluation that reaches --target", group="run")
+  out: str = option("runs", "folder of all runs", group="run")
+  run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")
+  save_half: bool = option(False, "write best.safetensors in half precision", group="run")
+  resume: str | None = option(None, "go on with the run in this folder", group="run")
+  log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
+  wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
+                             choices=("online", "offline", "disabled"), group="run")
+  project: str = option("tinygrad-retinanet", "wandb's project", group="run")
+
+
+def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int) -> optim.Optimizer:
+  """The optimiser that `config` describes, for `params` (name -> realised f32 tensor)."""
+  steps = steps_per_epoch // config.accumulate
+  rate = optim.schedule(config.schedule, config.lr, steps * config.epochs, warmup_steps=round(config.warmup * steps),
+                        milestones=[m * steps for m in config.milestones])
+  return optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                         norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema)
