@@ -15,7 +15,7 @@ from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter, scale_jitter
+from extra.datasets.transforms import compose, for_network, horizontal_flip, photometric_jitter, scale_jitter
 from extra.detection.anchors import anchors, level_sizes
 from extra.detection.coco_metric import CocoMetric
 from extra.detection.evaluation import evaluate
@@ -57,7 +57,8 @@ class Config(TrainerConfig):
   variant: str = option("v1", "torchvision's RetinaNet v1, or v2: P6 from C5, group norm in the heads", choices=("v1", "v2"), group="model")
   norm: str = option("auto", "the backbone's norm layers; auto is batch where --weights is none and frozen otherwise", choices=("auto", *NORMS),
                      group="model")
-  weights: str = option("none", "where to start: none, shapes (ships with the code), or a .safetensors file of a run", group="model")
+  weights: str = option("none", "where to start: none, shapes (ships with the code), imagenet, imagenet_v2, coco, mlperf, a .pth or .safetensors "
+                        "file, or the folder of a run", group="model")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
                                  maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
@@ -100,20 +101,18 @@ def main(config: Config) -> None:
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
 
-  width, height = config.size
-  if config.max_size: width = height = -(-config.max_size // 32) * 32
-  fit = [resize_shorter(min(config.size), config.max_size), pad_to(height, width)] if config.max_size else [resize(height, width)]
+  fit, height, width = for_network(config.size, config.max_size)
   augment = [] if config.overfit else [photometric_jitter()] * config.photometric + [horizontal_flip(config.flip)] * (config.flip > 0)
-  if config.scale_jitter and not config.overfit: augment, fit_train = [*augment, scale_jitter(0.5, 2.0, height, width)], []
-  else: fit_train = fit
-  train_loader = Loader(train_set, config.bs, compose(*fit_train, *augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers)
-  val_loader = Loader(val_set, config.bs, compose(*fit), workers=config.workers)
+  if config.scale_jitter and not config.overfit: augment = [*augment, scale_jitter(0.5, 2.0, height, width)]
+  else: augment = [fit, *augment]
+  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers)
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers)
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   model = retinanet.build(name, len(train_set.class_names), norm, config.seed)
-  notes = load_weights(config.weights, model) if config.weights != "none" and config.resume is None else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and config.resume is None else []
   if config.weights != "none": retinanet.freeze(model, config.trainable_layers)   # random layers are no use fixed (torchvision does the same)
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}

@@ -11,6 +11,8 @@ from extra.models import resnet, retinanet
 from extra.models.fpn import upsample
 from extra.models.preprocess import normalize
 from extra.nn import init
+from extra.training import checkpoint, torch_file
+from extra.training.weights import load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -117,6 +119,22 @@ def test_freeze_leaves_the_last_stages_to_learn(layers, fixed, blank):
   assert any(key.startswith("backbone.fpn.") for key in learnt(model))
 
 
+def test_frozen_stages_cost_nothing_in_the_backward_pass(blank):
+  """Of a convolution that learns there are two more kernels at least, for its weight's gradient and for its input's; of a frozen one neither."""
+  kernels = {}
+  for layers in (5, 3, 0):
+    model = retinanet.build("retinanet_resnet10_quarter_fpn", 2, "frozen")
+    for t in get_state_dict(model).values(): init.assign(t, np.ones(t.shape))
+    retinanet.freeze(model, layers)
+    params = [t for t in get_state_dict(model.backbone).values() if t.is_param]
+    x = Tensor(np.ones((1, 3, 32, 32), np.float32)).realize()
+    loss = sum(level.square().sum() for level in model.backbone.fpn(model.backbone.body.features(x)[1:]))
+    kernels[layers] = len(loss.schedule_linear(*loss.gradient(*params)).src)
+  convolutions = {"conv1": 1, "layer1": 2, "layer2": 3, "layer3": 3, "layer4": 3}
+  assert kernels[5] - kernels[3] >= 2 * (convolutions["conv1"] + convolutions["layer1"]) - 1   # the picture has no gradient
+  assert kernels[3] - kernels[0] >= 2 * (convolutions["layer2"] + convolutions["layer3"] + convolutions["layer4"])
+
+
 def test_unknown_names():
   for name in ("retinanet_resnet51_fpn", "fcos_resnet50_fpn", "retinanet_resnet50", "retinanet_resnet50_fpn_v3"):
     with pytest.raises(ValueError, match="is no detector"): retinanet.build(name, 3)
@@ -177,10 +195,15 @@ def test_logits_of_torchvision(name, blank):
 
 
 @pytest.mark.parametrize("name", ["resnet18_fpn", "resnet50_fpn", "resnet50_fpn_v2", "resnext50_32x4d_fpn"])
-def test_detector_of_torchvision(name, blank):
-  """Outputs, both losses and gradients. The second image of resnet18's file has no boxes."""
+def test_detector_of_torchvision(name, blank, tmp_path):
+  """Outputs, both losses and gradients, of weights that came from a file. The second image of resnet18's file has no boxes."""
   golden = np.load(GOLDEN / f"retinanet_{name}.npz")
-  model = fill(retinanet.build(f"retinanet_{name}", int(golden["num_classes"])))
+  filled, model, other = (retinanet.build(f"retinanet_{name}", int(golden["num_classes"])) for _ in range(3))
+  values = {key: t.numpy() for key, t in get_state_dict(fill(filled)).items()}
+  torch_file.save(tmp_path / "x.pth", values)
+  checkpoint.save(tmp_path / "x.safetensors", values)
+  assert load_weights(str(tmp_path / "x.pth"), model) == load_weights(str(tmp_path / "x.safetensors"), other) == []
+  for key, t in get_state_dict(other).items(): np.testing.assert_array_equal(t.numpy(), values[key], err_msg=key)
   batch, height, width = golden["images"].shape[:3]
   np.testing.assert_array_equal(anchors(height, width), golden["anchors"])
 

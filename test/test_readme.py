@@ -5,13 +5,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def flags_of(program):
+  spec = importlib.util.spec_from_file_location(program, ROOT / "examples" / f"{program}.py")
+  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+  return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
+
+
 def test_every_setting_is_in_the_readme_and_none_is_invented():
-  spec = importlib.util.spec_from_file_location("train_retinanet", ROOT / "examples/train_retinanet.py")
-  spec.loader.exec_module(program := importlib.util.module_from_spec(spec))
-  flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(program.Config)}
+  flags = flags_of("train_retinanet")
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   assert {match[1] for match in re.finditer(r"^\| `(--[a-z-]+)` \|", readme, re.M)} == flags
-  assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags | {"--preset", "--help"}
+  flags |= flags_of("train_resnet") | flags_of("evaluate") | flags_of("export_weights") | {"--preset", "--help"}
+  assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -1,8 +1,9 @@
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from extra.datasets.sample import Sample
-from extra.datasets.transforms import (LUMA, MEAN_GREY, colour_matrix, compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter,
-                                       scale_jitter)
+from extra.datasets.transforms import (LUMA, MEAN_GREY, center_crop_resize, colour_matrix, compose, horizontal_flip, pad_to, photometric_jitter,
+                                       random_resized_crop, resize, resize_shorter, scale_jitter)
 
 
 def sample_with(boxes, size, image=None, content=None) -> Sample:
@@ -41,6 +42,7 @@ def test_boxes_follow_the_pixels(size, target, box, seed, low):
   x0, y0 = min(x0, size[1] - 8), min(y0, size[0] - 8)
   sample = sample_with_rectangle((x0, y0, max(x1, x0 + 8), max(y1, y0 + 8)), size)
   for transform in (resize(*target), resize_shorter(min(target), max(target)), horizontal_flip(1), scale_jitter(low, 1.9, *target, fill=(0, 0, 0)),
+                    random_resized_crop(*target, (0.3, 1)), center_crop_resize(max(target), min(target)),
                     compose(resize_shorter(20, 200), pad_to(200, 200, fill=(0, 0, 0)), horizontal_flip(1))):
     result = transform(sample, np.random.default_rng(seed))
     assert result.image.dtype == np.uint8 and result.boxes.dtype == np.float32 and result.labels.dtype == np.int32
@@ -148,10 +150,81 @@ def test_scale_jitter_draws_the_whole_range():
   assert {scale_jitter(0.25, 2, 64, 64)(sample_with([[0, 0, 9, 9]], (64, 32)), rng).image.shape for _ in range(20)} == {(64, 64, 3)}
 
 
+def test_random_resized_crop_shows_parts_of_the_right_size_and_place():
+  """All 10,608 parts of a small picture are cut and resized by Pillow: the transform must give one of them, of a fitting area and shape."""
+  size, target = (12, 16), (7, 9)
+  sample = random_sample(size, seed=3)
+  sample.boxes[:] = [[0, 0, 16, 12], [2, 3, 9, 7.5], [0, 0, 1.5, 1], [12, 8, 16, 12], [5, 5, 6, 6]]
+  picture = Image.fromarray(sample.image)
+  parts = {}
+  for top, left in np.ndindex(*size):
+    for bottom, right in np.ndindex(size[0] - top, size[1] - left):
+      part = (left, top, left + right + 1, top + bottom + 1)
+      parts[picture.crop(part).resize(target[::-1], Image.Resampling.BILINEAR).tobytes()] = part
+  found = []
+  for seed in range(400):
+    result = random_resized_crop(*target, (0.2, 0.6))(sample, np.random.default_rng(seed))
+    assert result.image.tobytes() in parts
+    left, top, right, bottom = parts[result.image.tobytes()]
+    expected = sample.boxes.astype(np.float64).clip([left, top] * 2, [right, bottom] * 2) - [left, top] * 2
+    keep = (expected[:, 2:] > expected[:, :2]).all(1)
+    np.testing.assert_allclose(result.boxes, expected[keep] * ([9 / (right - left), 7 / (bottom - top)] * 2), atol=1e-4)
+    np.testing.assert_array_equal(result.labels, np.flatnonzero(keep))
+    np.testing.assert_array_equal(result.boxes[0], [0, 0, 9, 7])
+    assert (result.content_size, result.original_size, result.image_id) == (target, (480, 640), 7)
+    found.append((left, top, right, bottom))
+  left, top, right, bottom = np.array(found).T
+  width, height = right - left, bottom - top
+  # a side is rounded by up to a half
+  assert ((width + 0.5) * (height + 0.5) >= 0.2 * 192).all() and ((width - 0.5) * (height - 0.5) <= 0.6 * 192).all()
+  assert ((width + 0.5) / (height - 0.5) >= 3 / 4).all() and ((width - 0.5) / (height + 0.5) <= 4 / 3).all()
+  assert 0.36 < (width * height).mean() / 192 < 0.44 and abs(np.log(width / height).mean()) < 0.03
+  assert left.min() == top.min() == 0 and right.max() == 16 and bottom.max() == 12
+  assert abs(np.mean(left + right) - 16) < 0.7 and abs(np.mean(top + bottom) - 12) < 0.5, "all places alike"
+
+
+@pytest.mark.parametrize("size, part", [((4, 100), (47, 0, 52, 4)), ((100, 4), (0, 47, 4, 52)), ((16, 16), (0, 0, 16, 16))])
+def test_random_resized_crop_falls_back_to_the_middle(size, part):
+  sample = random_sample(size, content=size)
+  expected = np.asarray(Image.fromarray(sample.image).crop(part).resize((9, 7), Image.Resampling.BILINEAR))
+  for seed in range(5):
+    np.testing.assert_array_equal(random_resized_crop(7, 9, (1, 1))(sample, np.random.default_rng(seed)).image, expected)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (50, 333), (33, 33), (9, 100)])
+def test_center_crop_resize_is_pillows_resize_and_crop(size):
+  sample = random_sample(size, seed=5)
+  sample.boxes[0] = [0, 0, size[1], size[0]]
+  for shorter, side in ((40, 35), (32, 32), (75, 50), (20, 17)):
+    scale = shorter / min(size)
+    width, height = (shorter if n == min(size) else int(n * scale) for n in size[::-1])
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    expected = Image.fromarray(sample.image).resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    result = center_crop_resize(shorter, side)(sample, np.random.default_rng(0))
+    assert result.image.shape == (side, side, 3) and result.content_size == (side, side)
+    assert np.abs(result.image.astype(int) - np.asarray(expected)).max() <= 1
+    boxes = (sample.boxes.astype(np.float64) * ([width / size[1], height / size[0]] * 2) - [left, top, left, top]).clip(0, side)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    np.testing.assert_allclose(result.boxes, boxes[keep], atol=1e-3)
+    np.testing.assert_array_equal(result.labels, np.flatnonzero(keep))
+    np.testing.assert_allclose(result.boxes[0], [0, 0, side, side], atol=1e-4)
+  with pytest.raises(ValueError, match="33"): center_crop_resize(32, 33)
+
+
+@pytest.mark.parametrize("transform", [random_resized_crop(20, 24, (0.9, 1)), center_crop_resize(20, 18)])
+def test_crops_leave_padding_out(transform):
+  sample = random_sample((40, 60), content=(20, 30))
+  sample.image[20:] = sample.image[:, 30:] = 255
+  bare = sample_with(sample.boxes, (20, 30), sample.image[:20, :30])
+  one, other = (transform(s, np.random.default_rng(4)) for s in (sample, bare))
+  np.testing.assert_array_equal(one.image, other.image)
+  np.testing.assert_array_equal(one.boxes, other.boxes)
+
+
 def test_transforms_take_images_without_boxes():
   sample = sample_with([], (40, 50))
   for transform in (resize(20, 30), resize_shorter(20, 30), pad_to(60, 60), horizontal_flip(1), scale_jitter(0.1, 2, 64, 64),
-                    photometric_jitter(p=1)):
+                    random_resized_crop(20, 30), center_crop_resize(30, 20), photometric_jitter(p=1)):
     result = transform(sample, np.random.default_rng(1))
     assert result.boxes.shape == (0, 4) and result.labels.shape == (0,)
 

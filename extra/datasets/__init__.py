@@ -7,6 +7,8 @@ on an image), `warnings` (one line for each kind of oddity that was mended), `le
 from pathlib import Path
 from typing import Any
 from extra.datasets.coco import Coco
+from extra.datasets.crops import Crops
+from extra.datasets.image_folder import ImageFolder
 from extra.datasets.shapes import Shapes
 from extra.datasets.voc import Voc
 from extra.errors import UserError
@@ -38,6 +40,22 @@ def open_dataset(spec: str | Path, split: str, **shapes_options: Any) -> Shapes 
     has_test = (folder / "ImageSets" / "Main" / "test.txt").exists()
     return Voc(folder, {"train": "trainval", "val": "test"}[split] if has_test else split)
   return _open_coco(folder, split)
+
+
+def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | ImageFolder:
+  """The "train" or "val" split of a data set for classifiers, whose samples have one box, the whole picture, with its class.
+
+  `spec` is "crops:1" or "crops:2" ("crops" is the first), with `crops_options` (`size`, `count`, `seed`) for `Crops`, or a folder with
+  `train/<class>/` and `val/<class>/` for `ImageFolder`. Raises UserError for anything else. There is no `ground_truth`.
+  """
+  if split not in SPLIT_NAMES: raise UserError(f"split '{split}' is unknown; choose train or val")
+  if str(spec).partition(":")[0] == "crops":
+    family = str(spec).partition(":")[2] or "1"
+    if family not in ("1", "2"): raise UserError(f"data set '{spec}' is unknown; the embedded ones are crops:1 and crops:2")
+    return Crops(split, int(family), **crops_options)
+  if crops_options: raise TypeError(f"{', '.join(crops_options)} are options of the embedded data set, not of the folder {spec}")
+  if not Path(spec).is_dir(): raise UserError(f"{spec}: is neither a folder nor one of the embedded data sets, crops:1 and crops:2")
+  return ImageFolder(spec, split)
 
 
 def _open_coco(folder: Path, split: str) -> Coco:

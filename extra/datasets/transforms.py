@@ -41,6 +41,17 @@ def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> T
   return partial(_pad_to, height, width, fill)
 
 
+def for_network(size: tuple[int, int], max_size: int) -> tuple[Transform, int, int]:
+  """How every picture comes to one canvas: `(transform, canvas height, canvas width)`.
+
+  `size` (width, height) is the canvas itself where `max_size` is 0. Otherwise it is the shorter side, `max_size` bounds the longer one, the aspect
+  ratio is kept and the canvas a square of multiples of 32 that holds either orientation.
+  """
+  if not max_size: return resize(size[1], size[0]), size[1], size[0]
+  side = -(-max_size // 32) * 32
+  return compose(resize_shorter(min(size), max_size), pad_to(side, side)), side, side
+
+
 def horizontal_flip(p: float = 0.5) -> Transform:
   """Mirror the picture left to right with probability `p`; padding stays where it is."""
   return partial(_horizontal_flip, p)
@@ -54,6 +65,25 @@ def scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[i
   Boxes are clipped; those left with less than a tenth of their area, or less than 1 pixel on a side, are dropped.
   """
   return partial(_scale_jitter, low, high, height, width, fill)
+
+
+def random_resized_crop(height: int, width: int, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Transform:
+  """Stretch a random part of the picture to `height` x `width` pixels (Szegedy et al. 2014, section 6; torchvision's RandomResizedCrop).
+
+  The part has a share of the area uniform in `scale` and a width over height whose logarithm is uniform in that of `ratio`; if ten such draws do not
+  fit the picture, it is the largest central part within `ratio`. Boxes are clipped to it; those of which nothing is left are dropped.
+  """
+  return partial(_random_resized_crop, height, width, scale, ratio)
+
+
+def center_crop_resize(resize: int, size: int) -> Transform:
+  """Resize to `resize` pixels on the shorter side, keeping the aspect ratio, and cut out the central square of `size` pixels.
+
+  As torchvision's Resize and CenterCrop; only the square is computed. Boxes are clipped to it; those of which nothing is left are dropped.
+  Raises ValueError when `size` is more than `resize`.
+  """
+  if size > resize: raise ValueError(f"a square of {size} pixels cannot be cut out of a picture of {resize} on its shorter side")
+  return partial(_center_crop_resize, resize, size)
 
 
 def photometric_jitter(brightness: float = 0.125, contrast: float = 0.5, saturation: float = 0.5, hue: float = 0.05, p: float = 0.5) -> Transform:
@@ -120,6 +150,41 @@ def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[
   keep = (sides.min(1, initial=np.inf) >= 1) & (sides.prod(1) >= 0.1 * whole_sides.prod(1))
   cropped = replace(sample, image=np.asarray(picture), boxes=boxes[keep], labels=sample.labels[keep], content_size=(new_h, new_w))
   return _pad_to(height, width, fill, cropped, rng)
+
+
+def _random_resized_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], sample: Sample,
+                         rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  for _ in range(10):
+    area, aspect = h * w * rng.uniform(*scale), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    part_w, part_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < part_w <= w and 0 < part_h <= h:
+      top, left = (int(x) for x in rng.integers(0, [h - part_h + 1, w - part_w + 1]))
+      break
+  else:
+    part_w, part_h = min(w, max(1, round(h * ratio[1]))), min(h, max(1, round(w / ratio[0])))
+    top, left = (h - part_h) // 2, (w - part_w) // 2
+  part = np.ascontiguousarray(sample.image[top:top + part_h, left:left + part_w])
+  picture = Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR)
+  return _cropped(sample, picture, (left, top), (width / part_w, height / part_h))
+
+
+def _center_crop_resize(resize: int, size: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  h, w = sample.content_size
+  full_h, full_w = h * resize // min(h, w), w * resize // min(h, w)
+  x, y = w / full_w, h / full_h
+  left, top = round((full_w - size) / 2) * x, round((full_h - size) / 2) * y
+  window = (left, top, min(left + size * x, w), min(top + size * y, h))
+  picture = Image.fromarray(_content(sample)).resize((size, size), Image.Resampling.BILINEAR, box=window)
+  return _cropped(sample, picture, (left, top), (1 / x, 1 / y))
+
+
+def _cropped(sample: Sample, picture: Image.Image, origin: tuple[float, float], scale: tuple[float, float]) -> Sample:
+  """`sample` with `picture` for its image: what lay at `origin` (x, y) is now at the top left, `scale` (x, y) times as large."""
+  limits = np.array([picture.width, picture.height] * 2, np.float32)
+  boxes = ((sample.boxes - np.array(origin * 2, np.float32)) * np.array(scale * 2, np.float32)).clip(0, limits)
+  keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+  return replace(sample, image=np.asarray(picture), boxes=boxes[keep], labels=sample.labels[keep], content_size=(picture.height, picture.width))
 
 
 def _photometric_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float,

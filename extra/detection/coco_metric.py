@@ -1,10 +1,12 @@
 """COCO's twelve detection numbers, counted by pycocotools' `COCOeval`."""
-import contextlib, io
+import contextlib, io, json, math
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from extra.detection.postprocess import Detections
+from extra.errors import UserError
 
 METRIC_NAMES = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
@@ -45,6 +47,17 @@ class CocoMetric:
       self.found[image_id] = (np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1), detections.scores[i, :n].copy(),
                               self.category_ids[detections.labels[i, :n]])
 
+  def add_results(self, results: list[dict]) -> None:
+    """Takes detections in COCO's results format (see `read_results`) of images without any so far; ValueError names an unknown image or category."""
+    rows: dict[int, list[dict]] = {}
+    for result in results: rows.setdefault(result["image_id"], []).append(result)
+    if unknown := rows.keys() - self.image_ids: raise ValueError(f"image_id {min(unknown)} is not among the pictures to score")
+    unknown = {result["category_id"] for result in results} - set(self.category_ids.tolist())
+    if unknown: raise ValueError(f"category_id {min(unknown)} is not in the data")
+    for image_id, found in rows.items():
+      self.found[image_id] = (np.array([r["bbox"] for r in found], np.float64), np.array([r["score"] for r in found], np.float64),
+                              np.array([r["category_id"] for r in found]))
+
   def results(self) -> list[dict]:
     """The detections in COCO's results format: image_id, category_id, bbox xywh, score."""
     return [{"image_id": image_id, "category_id": category, "bbox": box, "score": score}
@@ -67,6 +80,24 @@ class CocoMetric:
     class_ap = {names[c]: float(p[p > -1].mean()) if (p > -1).any() else float("nan")
                 for c, p in zip(self.category_ids.tolist(), np.moveaxis(precision, -1, 0))}
     return CocoResult(dict(zip(METRIC_NAMES, evaluation.stats.tolist())), class_ap, precision, table.getvalue())
+
+
+def read_results(path: str | Path) -> list[dict]:
+  """The detections in a COCO result file: a list of {image_id, category_id, bbox xywh in pixels, score}; UserError names what is wrong where."""
+  try: results = json.loads(Path(path).read_text(encoding="utf-8"))
+  except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+  except (ValueError, RecursionError) as e: raise UserError(f"{path}: is not a JSON file: {e}") from None
+  if not isinstance(results, list): raise UserError(f"{path}: is not a COCO result file, which is a list of detections")
+  def number(x) -> bool: return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+  for i, result in enumerate(results):
+    if not isinstance(result, dict): raise UserError(f"{path}: entry {i} is not an object")
+    for key in ("image_id", "category_id"):
+      if type(result.get(key)) is not int: raise UserError(f"{path}: entry {i} needs a whole number as its {key}")
+    if not number(result.get("score")): raise UserError(f"{path}: entry {i} needs a number as its score")
+    box = result.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(map(number, box)) and min(box[2:]) >= 0):
+      raise UserError(f"{path}: entry {i} needs a bbox of four numbers, x, y, width and height")
+  return results
 
 
 def _index(dataset: dict) -> COCO:

@@ -1,5 +1,7 @@
 """RetinaNet (Lin et al. 2017): backbone, feature pyramid, and two heads shared by all levels, with torchvision's `state_dict` keys."""
-import math
+import math, re
+from collections.abc import Mapping
+import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_parameters
 from extra.models import fpn, resnet
@@ -56,6 +58,34 @@ def freeze(model: RetinaNet, trainable_layers: int) -> None:
   if "conv1" in stages: stages.append("bn1")
   for stage in stages:
     for tensor in get_parameters(getattr(model.backbone.body, stage)): tensor.is_param_(False)
+
+
+def current_key(key: str) -> str:
+  """The name that torchvision gives a tensor now, from the one it has in files from before version 0.14, or from now: pyramid blocks gained a level
+  of nesting, and the convolutions of a head lost the activations that used to be counted between them."""
+  if match := re.fullmatch(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)", key): return f"{match[1]}.0.{match[2]}"
+  if match := re.fullmatch(r"(head\.(?:classification|regression)_head\.conv)\.([0246])\.(weight|bias)", key):
+    return f"{match[1]}.{int(match[2]) // 2}.0.{match[3]}"
+  return key
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+  """The name for `build` of the detector whose tensors have these names and shapes (`current_key` names); None if it is none of this project."""
+  body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
+  backbone, p6 = resnet.recognise(body), shapes.get("backbone.fpn.extra_blocks.p6.weight")
+  heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
+  if backbone is None or p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
+  return f"retinanet_{backbone}_fpn" + "_v2" * (p6[0] != p6[1])
+
+
+def select_classes(tensors: Mapping[str, np.ndarray], labels: list[int | None]) -> dict[str, np.ndarray]:
+  """The weights of a detector whose class i is class `labels[i]` of the one with `tensors`, or one that nothing is ever taken for (None)."""
+  chosen, num_anchors = dict(tensors), tensors["head.regression_head.bbox_reg.weight"].shape[0] // 4
+  for part, nothing in (("weight", 0.0), ("bias", -100.0)):
+    rows = (values := tensors[key := f"head.classification_head.cls_logits.{part}"]).reshape(num_anchors, -1, *values.shape[1:])
+    picked = [np.full_like(rows[:, 0], nothing) if label is None else rows[:, label] for label in labels]
+    chosen[key] = np.stack(picked, 1).reshape(-1, *values.shape[1:])
+  return chosen
 
 
 def init_rule(key: str, shape: tuple[int, ...]) -> init.Draw:

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file, whole or absent, with a checksum over all of it. Numpy only, so any device or none will do."""
-import hashlib, json, math, os, re, secrets
-from collections.abc import Callable
+import contextlib, hashlib, json, math, os, re, secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 import numpy as np
 from extra.errors import UserError
 
@@ -30,19 +30,28 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: Any = None)
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
 
+  with whole_file(path) as f:
+    digest = hashlib.sha256(text)
+    f.write(len(text).to_bytes(8, "little") + text)
+    for a in arrays.values():
+      data = np.ascontiguousarray(a).reshape(-1).view(np.uint8).data
+      digest.update(data)
+      f.write(data)
+    # the first match is in __metadata__, which is written first, and JSON text inside it has its quotes escaped
+    f.seek(8 + CHECKSUM.search(text).start(2))
+    f.write(digest.hexdigest().encode())
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+  """A file to write whose content appears at path, flushed to the disk, when the block ends, and not at all if it raises. UserError where the disk
+  refuses."""
+  path = Path(path)
   partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "xb") as f:
-      digest = hashlib.sha256(text)
-      f.write(len(text).to_bytes(8, "little") + text)
-      for a in arrays.values():
-        data = np.ascontiguousarray(a).reshape(-1).view(np.uint8).data
-        digest.update(data)
-        f.write(data)
-      # the first match is in __metadata__, which is written first, and JSON text inside it has its quotes escaped
-      f.seek(8 + CHECKSUM.search(text).start(2))
-      f.write(digest.hexdigest().encode())
+      yield f
       f.flush()
       os.fsync(f.fileno())
     os.replace(partial, path)
@@ -51,7 +60,8 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: Any = None)
       try: os.fsync(folder)
       finally: os.close(folder)
   except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-  finally: partial.unlink(missing_ok=True)
+  finally:
+    with contextlib.suppress(OSError): partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> tuple[dict[str, np.ndarray], Any]:

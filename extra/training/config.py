@@ -1,5 +1,5 @@
 """Configuration: one dataclass at the top of a program; every field is a flag, an environment variable and a line of `--help`."""
-import dataclasses, difflib, inspect, json, math, re, sys, textwrap, types, typing
+import dataclasses, difflib, json, math, re, sys, textwrap, types, typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,7 +180,8 @@ def _help(config_class: type, fields: dict[str, dataclasses.Field], kinds: dict,
   lines = ([] if not doc or doc.startswith(f"{config_class.__name__}(") else [textwrap.dedent(doc).strip(), ""])
   lines += ["Each setting comes from its flag, else its environment variable (in brackets), else the preset, else the default."]
   if presets: lines += ["", f"  --preset NAME (PRESET)   {', '.join(presets)}" + (f"; default {default_preset}" if default_preset else "")]
-  ordered = sorted(fields.values(), key=lambda f: f.name not in inspect.get_annotations(config_class))   # what a program adds comes first
+  shared = {f.metadata.get("group") for base in config_class.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+  ordered = sorted(fields.values(), key=lambda f: f.metadata.get("group") in shared)   # what a program adds comes first
   for group in dict.fromkeys(f.metadata.get("group", "options") for f in ordered):
     lines += ["", group]
     for field in (f for f in ordered if f.metadata.get("group", "options") == group):

@@ -15,15 +15,16 @@ FINISH_SECONDS = 5
 class Tracker:
   """The record of one run, in `folder`/`name`: config.json, metrics.jsonl, summary.json, pictures/ and wandb's own files.
 
-  folder holds all runs ("runs"); config is JSON values; target is the mAP to reach, drawn as the series `eval/target` beside `eval/mAP`. mode is
-  "online", "offline", "disabled" or None: WANDB_MODE or wandb's own settings decide, else online when logged in and offline otherwise. Nothing ever
-  prompts, and no failure of wandb stops a run: it is reported in one line, and the local files go on. A name that is taken gets a number appended,
-  except with resume_id, the `id` of the Tracker to go on with, whose folder and wandb run are continued. UserError where the folder cannot be made.
+  folder holds all runs ("runs"); config is JSON values; score names the series that ranks a run's evaluations, higher being better, and target is its
+  value to reach, drawn as `eval/target` beside `eval/<score>`; summary.json gets the best as `best_<score>`. mode is "online", "offline", "disabled"
+  or None: WANDB_MODE or wandb's own settings decide, else online when logged in and offline otherwise. Nothing ever prompts, and no failure of wandb
+  stops a run: it is reported in one line, and the local files go on. A name that is taken gets a number appended, except with resume_id, the `id` of
+  the Tracker to go on with, whose folder and wandb run are continued. UserError where the folder cannot be made.
   """
-  def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, name: str, target: float | None = None, mode: str | None = None,
-               resume_id: str | None = None):
+  def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, name: str, score: str = "mAP", target: float | None = None,
+               mode: str | None = None, resume_id: str | None = None):
     self.folder = _run_folder(Path(folder), name, resume_id is not None)
-    self.target, self.id, self.best, self._summary = target, resume_id or secrets.token_hex(4), None, {}
+    self.score, self.target, self.id, self.best, self._summary = score, target, resume_id or secrets.token_hex(4), None, {}
     seconds = _mend(self.folder/"metrics.jsonl")
     self._started = time.monotonic() - seconds
     self._metrics = open(self.folder/"metrics.jsonl", "a", encoding="utf-8")
@@ -35,9 +36,9 @@ class Tracker:
     """Append one line of metrics ("train/loss", "eval/mAP", ...) with step, epoch and seconds since the start; NaN and infinity become null."""
     line = {"step": int(step), "epoch": _plain(epoch), "seconds": round(time.monotonic() - self._started, 3)}
     line |= {key: _plain(value) for key, value in metrics.items()}
-    if "eval/mAP" in line:
+    if (key := f"eval/{self.score}") in line:
       if self.target is not None: line["eval/target"] = self.target
-      if line["eval/mAP"] is not None: self.best = max(line["eval/mAP"], -math.inf if self.best is None else self.best)
+      if line[key] is not None: self.best = max(line[key], -math.inf if self.best is None else self.best)
     self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
     self._metrics.flush()
     self._send(lambda wandb, run: run.log({key: value for key, value in line.items() if value is not None}))
@@ -64,7 +65,7 @@ class Tracker:
   def summary(self, values: dict[str, Any]) -> None:
     """Add final figures of the run to summary.json and to wandb's summary."""
     self._summary |= {key: _plain(value) for key, value in values.items()}
-    if self.best is not None: self._summary["best_mAP"] = self.best
+    if self.best is not None: self._summary[f"best_{self.score}"] = self.best
     (self.folder/"summary.json").write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     self._send(lambda wandb, run: run.summary.update(self._summary))
 
@@ -111,7 +112,7 @@ class Tracker:
     run.define_metric("step")
     run.define_metric("epoch")
     for prefix, axis in (("train/*", "step"), ("pictures/*", "step"), ("eval/*", "epoch")): run.define_metric(prefix, step_metric=axis)
-    run.define_metric("eval/mAP", step_metric="epoch", summary="max")
+    run.define_metric(f"eval/{self.score}", step_metric="epoch", summary="max")
     if self.target is not None: run.summary["target"] = self.target
 
   def _send(self, action: Callable[[Any, Any], Any]) -> None:

@@ -1,0 +1,217 @@
+"""Train a classifier in tinygrad: ResNet and its kin, the networks underneath the detectors.
+
+With no arguments it learns the six shapes, and background, from pictures that it draws itself: a few minutes on a laptop's processor.
+With `--data FOLDER` it trains on yours, sorted as ImageNet is: train/<class>/*.jpg and val/<class>/*.jpg.
+tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
+import os, shlex, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from extra import require_device
+from extra.errors import UserError, exit_on_user_error
+from extra.training.config import as_dict, describe, option, parse, recall
+import numpy as np
+from tinygrad import Context, Tensor, dtypes
+from tinygrad.nn.state import get_state_dict
+from extra.datasets import open_classes
+from extra.datasets.loader import Loader
+from extra.datasets.subset import Subset
+from extra.datasets.transforms import center_crop_resize, compose, horizontal_flip, photometric_jitter, random_resized_crop
+from extra.models import resnet
+from extra.models.preprocess import normalize
+from extra.nn.layers import NORMS
+from extra.training import checkpoint
+from extra.training.loop import jit, make_step, train
+from extra.training.parallel import devices, replicate, to_devices
+from extra.training.precision import DTYPES
+from extra.training.tracking import Tracker, duration
+from extra.training.trainer import TrainerConfig, make_optimizer
+from extra.training.weights import load_run, load_weights, save_run, save_weights
+
+# ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+def embedded(data: str) -> bool: return data.partition(":")[0] == "crops"
+
+
+@dataclass
+class Config(TrainerConfig):
+  data: str = option("crops:1", "a folder with train/<class>/ and val/<class>/, or the embedded crops:1, crops:2", group="data")
+  size: int = option(224, "pixels, squared, that the network sees", minimum=32, maximum=4096, group="data")
+  resize: int = option(0, "shorter side of a validation picture, of which the network sees the middle; 0 is --size / 0.875", minimum=0, maximum=8192,
+                       group="data")
+  crop_scale: float = option(0.08, "smallest part, by area, of a training picture to show; 1 shows all of it", minimum=0.001, maximum=1, group="data")
+  flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
+  photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
+  workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
+  train_images: int = option(0, "use only so many training pictures, of all classes; 0 uses all; crops are drawn on demand, any number", minimum=0,
+                             group="data")
+
+  backbone: str = option("resnet18", "the network", choices=tuple(resnet.BACKBONES), group="model")
+  norm: str = option("batch", "its norm layers", choices=tuple(NORMS), group="model")
+  weights: str = option("none", "where to start: none, or what train_retinanet.py takes for it: the folder of a run, a file, a published name",
+                        group="model")
+  label_smoothing: float = option(0.0, "share of a label that is spread over all classes", minimum=0, maximum=1, group="model")
+
+  pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
+  project: str = option("tinygrad-resnet", "wandb's project", group="run")
+
+
+PRESETS = {
+  # The backbone of the small detector, on cut-outs of the shapes that it is to find: the default where --data is no folder.
+  "demo": {"size": 64, "resize": 64, "crop_scale": 0.5, "backbone": "resnet10_quarter", "bs": 32, "train_images": 12000, "epochs": 5, "lr": 3e-3,
+           "warmup": 0.2, "target": 0.9},
+  # The default where --data is a folder, meant for some thousand pictures.
+  "folder": {"bs": 32, "epochs": 30, "crop_scale": 0.25, "warmup": 1.0, "weight_decay": 0.01, "label_smoothing": 0.1},
+  # torchvision's references/classification, the recipe of its V1 weights: 8 GPUs x 32 images, SGD 0.1, 90 epochs
+  "imagenet": {"data": "imagenet", "resize": 256, "backbone": "resnet50", "bs": 256, "epochs": 90, "optimizer": "sgd", "lr": 0.1,
+               "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (30, 60), "warmup": 0.0, "target": 0.761,
+               "workers": 16, "log_every": 50}}
+
+# ---------------------------------------------------------------------------------------------------------------------------- loss and score
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+  """Mean cross-entropy, a f32 scalar, of logits [B,K] with labels i32 [B]; rows labelled -1 do not count (torch `CrossEntropyLoss`)."""
+  each, known = logits.float().sparse_categorical_crossentropy(labels, label_smoothing=smoothing, reduction="none"), labels >= 0
+  return known.where(each, 0).sum() / known.sum().maximum(1)
+
+
+def losses_and_ranks(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Cross-entropy f64 [N] of each row of logits [N,K], and the rank i64 [N] of its label, 1 being best. What is not less likely ranks before it, so
+  a network that gives all classes the same logit, or NaN, gets nothing right."""
+  logits = logits.astype(np.float64)
+  own = np.take_along_axis(logits, labels[:, None], 1)
+  top = logits.max(1, keepdims=True)
+  return np.log(np.exp(logits - top).sum(1)) + (top - own)[:, 0], (~(logits < own)).sum(1)
+
+
+def main(config: Config) -> None:
+  started = time.monotonic()
+  gpus = devices(config.gpus)
+  resize = config.resize or round(config.size / 0.875)
+  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
+  if resize < config.size: raise UserError(f"--resize {resize}: is less than --size {config.size}, which is cut out of it")
+
+  # ---------------------------------------------------------------------------------------------------------------------------- data
+  if embedded(config.data):
+    train_set = open_classes(config.data, "train", count=config.train_images or 12000)
+    val_set = open_classes(config.data, "val", count=1000)
+  else:
+    train_set, val_set = open_classes(config.data, "train"), open_classes(config.data, "val")
+    if config.train_images: train_set = Subset(train_set, config.train_images)
+  num_classes = len(train_set.class_names)
+  if num_classes < 2: raise UserError(f"{config.data}: has one class, {train_set.class_names[0]}; to tell pictures apart takes two")
+  for warning in [*train_set.warnings, *val_set.warnings]: print(f"note: {warning}")
+
+  fit = center_crop_resize(resize, config.size)
+  augment = [random_resized_crop(config.size, config.size, (config.crop_scale, 1.0)), *[photometric_jitter()] * config.photometric,
+             *[horizontal_flip(config.flip)] * (config.flip > 0)]
+  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers, max_boxes=1)
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, max_boxes=1)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- model
+  name = config.backbone
+  model = resnet.build(name, num_classes, config.norm, config.seed)
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and config.resume is None else []
+  tensors = get_state_dict(model)
+  params = {key: t for key, t in tensors.items() if t.is_param}
+  buffers = [t for t in tensors.values() if not t.is_param]
+  optimizer = make_optimizer(config, params, len(train_loader))
+  resumed = {}
+  if config.resume is not None:
+    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is there")
+    resumed = load_run(path, model, optimizer)
+  replicate([*tensors.values(), *optimizer.state().values()], gpus)
+
+  def losses(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    logits = model(normalize(images, DTYPES[config.dtype])).float().contiguous()
+    return {"loss": cross_entropy(logits, labels, config.label_smoothing), "accuracy": (logits.argmax(1) == labels).cast(dtypes.float32).mean()}
+
+  step = make_step(losses, optimizer, buffers, config.accumulate)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- log
+  runs, run_name = Path(config.out), config.run_name or f"{Path(config.data.replace(':', '-')).name}-{config.backbone}"
+  if config.resume is not None: runs, run_name = Path(config.resume).parent, Path(config.resume).name
+  tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, score="top1", target=config.target, mode=config.wandb,
+                    resume_id=resumed.get("run_id"))
+  about = {"model": name, "norm": config.norm, "num_classes": num_classes, "class_names": train_set.class_names,
+           "category_ids": train_set.category_ids, "size": [config.size, config.size], "resize": resize, "config": as_dict(config),
+           "run_id": tracker.id}
+  print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {num_classes} classes, {len(train_set)} training and "
+        f"{len(val_set)} validation pictures at {config.size}x{config.size} on {', '.join(gpus)}")
+  print(f"settings: {describe(config) or 'the defaults'}")
+  for note in notes: print(f"note: {note}")
+  print(f"run: {tracker.folder}   (the first step compiles: half a minute on a processor)")
+
+  # ---------------------------------------------------------------------------------------------------------------------------- evaluation
+  @jit
+  def forward(images: Tensor) -> Tensor:
+    with Context(TRAINING=0): return model(normalize(images, DTYPES[config.dtype])).float().contiguous()
+
+  best, scores = resumed.get("best_top1", -1.0), None
+
+  def draw(batch, logits: np.ndarray, done: int, count: int) -> None:
+    """Draw the first `count` pictures of `batch`, each with its class and the likeliest one."""
+    chances = np.exp(logits - logits.max(1, keepdims=True))
+    chances /= chances.sum(1, keepdims=True)
+    for i in range(min(count, len(logits))):
+      found = batch.boxes[i], chances[i].argmax(keepdims=True), chances[i].max(keepdims=True)
+      tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i], batch.labels[i], *found, train_set.class_names, done)
+
+  def evaluate(done: int) -> dict[str, float]:
+    """Top-1, top-5 and loss over the validation pictures."""
+    losses, ranks, drawn = [], [], 0
+    for batch in val_loader.epoch(0):
+      real = np.count_nonzero(batch.image_ids >= 0)   # the last batch is filled up at its end
+      logits = forward(to_devices(batch.images, gpus)).numpy()[:real]
+      draw(batch, logits, done, config.pictures - drawn)
+      drawn += real
+      for values, new in zip((losses, ranks), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
+    ranks = np.concatenate(ranks)
+    return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(np.concatenate(losses).mean())}
+
+  def after_epoch(epoch: int, done: int) -> bool:
+    """Evaluate, draw, save; True ends the run."""
+    nonlocal best, scores
+    if epoch % config.eval_every and epoch < config.epochs: return False
+    begun = time.monotonic()
+    with optimizer.averaged():
+      scores = evaluate(done)
+      state = about | {"epoch": epoch, "step": done, "top1": scores["top1"], "best_top1": max(best, scores["top1"])}
+      if scores["top1"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state, config.save_half)
+    tracker.log({f"eval/{key}": value for key, value in scores.items()} | {"eval/seconds": time.monotonic() - begun}, done, epoch)
+    print(f"epoch {epoch}: top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
+          f"({duration(time.monotonic() - begun)})", flush=True)
+    best = max(best, scores["top1"])
+    save_run(tracker.folder / f"checkpoint-{done}.safetensors", model, optimizer, state)
+    checkpoint.prune(tracker.folder)
+    return config.stop_at_target and config.target is not None and best >= config.target
+
+  # ---------------------------------------------------------------------------------------------------------------------------- loop
+  done_steps = resumed.get("step", 0)
+  try:
+    train(step, train_loader, lambda batch: (to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)), tracker,
+          epochs=config.epochs, start=done_steps, log_every=config.log_every, after_epoch=after_epoch)
+    if scores is None: after_epoch(config.epochs, done_steps)
+    target = "" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}"
+    print(f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}")
+    print(f"best top-1 {best:.4f}{target}; {duration(time.monotonic() - started)} in all")
+    print(f"pictures: {tracker.folder / 'pictures'}   weights: {tracker.folder / 'best.safetensors'}")
+    data = config.data.replace("crops", "shapes") if embedded(config.data) else "FOLDER"
+    print(f"a detector from it: python examples/train_retinanet.py --weights {shlex.quote(str(tracker.folder))} --backbone {name} --data {data}" +
+          " --norm group" * (config.norm == "group"))
+    tracker.summary({f"final/{key}": value for key, value in scores.items()} | {"minutes": (time.monotonic() - started) / 60})
+  finally:
+    train_loader.close()
+    val_loader.close()
+    tracker.finish()
+
+
+if __name__ == "__main__":
+  with exit_on_user_error():
+    config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
+    if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
+    if config.resume is not None:
+      config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    require_device()
+    main(config)

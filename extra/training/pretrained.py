@@ -1,0 +1,162 @@
+"""Weights that others published: where each file lies, what is in it, and how well it does. The one table is `PUBLISHED`."""
+import contextlib, os, secrets, shutil, zipfile, zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from extra.errors import UserError
+from extra.training.download import cache_folder, fetch
+
+# COCO's category ids with torchvision's names for them; N/A are ids that COCO never used.
+COCO = """__background__, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, N/A, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, N/A, backpack, umbrella, N/A, N/A, handbag, tie, suitcase,
+frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, N/A, wine glass, cup, fork,
+knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, N/A,
+dining table, N/A, N/A, toilet, N/A, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, N/A, book, clock,
+vase, scissors, teddy bear, hair drier, toothbrush"""
+# The 264 classes of Open Images that MLPerf uses, in label order: mlcommons/training, single_stage_detector/scripts/download_openimages_mlperf.sh.
+MLPERF = """Airplane, Antelope, Apple, Backpack, Balloon, Banana, Barrel, Baseball bat, Baseball glove, Bee, Beer, Bench, Bicycle, Bicycle helmet,
+Bicycle wheel, Billboard, Book, Bookcase, Boot, Bottle, Bowl, Bowling equipment, Box, Boy, Brassiere, Bread, Broccoli, Bronze sculpture, Bull, Bus,
+Bust, Butterfly, Cabinetry, Cake, Camel, Camera, Candle, Candy, Cannon, Canoe, Carrot, Cart, Castle, Cat, Cattle, Cello, Chair, Cheese,
+Chest of drawers, Chicken, Christmas tree, Coat, Cocktail, Coffee, Coffee cup, Coffee table, Coin, Common sunflower, Computer keyboard,
+Computer monitor, Convenience store, Cookie, Countertop, Cowboy hat, Crab, Crocodile, Cucumber, Cupboard, Curtain, Deer, Desk, Dinosaur, Dog, Doll,
+Dolphin, Door, Dragonfly, Drawer, Dress, Drum, Duck, Eagle, Earrings, Egg (Food), Elephant, Falcon, Fedora, Flag, Flowerpot, Football,
+Football helmet, Fork, Fountain, French fries, French horn, Frog, Giraffe, Girl, Glasses, Goat, Goggles, Goldfish, Gondola, Goose, Grape, Grapefruit,
+Guitar, Hamburger, Handbag, Harbor seal, Headphones, Helicopter, High heels, Hiking equipment, Horse, House, Houseplant, Human arm, Human beard,
+Human body, Human ear, Human eye, Human face, Human foot, Human hair, Human hand, Human head, Human leg, Human mouth, Human nose, Ice cream, Jacket,
+Jeans, Jellyfish, Juice, Kitchen & dining room table, Kite, Lamp, Lantern, Laptop, Lavender (Plant), Lemon, Light bulb, Lighthouse, Lily, Lion,
+Lipstick, Lizard, Man, Maple, Microphone, Mirror, Mixing bowl, Mobile phone, Monkey, Motorcycle, Muffin, Mug, Mule, Mushroom, Musical keyboard,
+Necklace, Nightstand, Office building, Orange, Owl, Oyster, Paddle, Palm tree, Parachute, Parrot, Pen, Penguin, Personal flotation device, Piano,
+Picture frame, Pig, Pillow, Pizza, Plate, Platter, Porch, Poster, Pumpkin, Rabbit, Rifle, Roller skates, Rose, Salad, Sandal, Saucer, Saxophone,
+Scarf, Sea lion, Sea turtle, Sheep, Shelf, Shirt, Shorts, Shrimp, Sink, Skateboard, Ski, Skull, Skyscraper, Snake, Sock, Sofa bed, Sparrow, Spider,
+Spoon, Sports uniform, Squirrel, Stairs, Stool, Strawberry, Street light, Studio couch, Suit, Sun hat, Sunglasses, Surfboard, Sushi, Swan,
+Swimming pool, Swimwear, Tank, Tap, Taxi, Tea, Teddy bear, Television, Tent, Tie, Tiger, Tin can, Tire, Toilet, Tomato, Tortoise, Tower,
+Traffic light, Train, Tripod, Truck, Trumpet, Umbrella, Van, Vase, Vehicle registration plate, Violin, Wall clock, Waste container, Watch, Whale,
+Wheel, Wheelchair, Whiteboard, Window, Wine, Wine glass, Woman, Zebra, Zucchini"""
+NAMES = ("imagenet", "imagenet_v2", "coco", "mlperf")
+MOST = 2 << 30   # bytes that an archive may unpack to
+
+
+@dataclass(frozen=True)
+class Published:
+  """One file of weights under torchvision's keys."""
+  name: str                                  # one of NAMES, which --weights takes
+  architecture: str                          # builder name of the network that it fits
+  url: str
+  checksum: str                              # as `download.fetch` takes it
+  score: float                               # as published in `source`: top-1 accuracy in %, or of a detector mAP in %
+  source: str = "https://docs.pytorch.org/vision/stable/models.html"
+  num_classes: int = 1000
+  class_names: tuple[str, ...] | None = None
+  size: tuple[int, int] | None = None        # of a detector: (width, height) in pixels; with `max_size`, both the shorter side
+  max_size: int = 0                          # the longer side at most, keeping the aspect ratio; 0 resizes to `size` exactly
+  eps: float = 1e-5                          # what its norm layers add to the variance
+  member: str | None = None                  # the file in the archive at `url`
+
+
+def _torchvision(name: str, architecture: str, file: str, score: float, digits: str = "", **more: Any) -> Published:
+  """An entry of torchvision's: its file names end in the first eight digits of their SHA-256. `digits` are all 64 where they are published."""
+  short = file.removesuffix(".pth").rpartition("-")[2]
+  return Published(name, architecture, f"https://download.pytorch.org/models/{file}", f"sha256:{digits or short}", score, **more)
+
+
+_COCO: dict[str, Any] = {"num_classes": 91, "class_names": tuple(COCO.replace("\n", " ").split(", ")), "size": (800, 800), "max_size": 1333}
+# Whole SHA-256 are those which several public repositories state independently; for the other files only torchvision's eight digits are.
+PUBLISHED = (
+  _torchvision("imagenet", "resnet18", "resnet18-f37072fd.pth", 69.758, "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
+  _torchvision("imagenet", "resnet34", "resnet34-b627a593.pth", 73.314, "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f"),
+  _torchvision("imagenet", "resnet50", "resnet50-0676ba61.pth", 76.130, "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a"),
+  _torchvision("imagenet", "resnet101", "resnet101-63fe2227.pth", 77.374),
+  _torchvision("imagenet", "resnet152", "resnet152-394f9c45.pth", 78.312),
+  _torchvision("imagenet", "wide_resnet50_2", "wide_resnet50_2-95faca4d.pth", 78.468),
+  _torchvision("imagenet", "wide_resnet101_2", "wide_resnet101_2-32ee1156.pth", 78.848),
+  _torchvision("imagenet", "resnext50_32x4d", "resnext50_32x4d-7cdf4587.pth", 77.618),
+  _torchvision("imagenet", "resnext101_32x8d", "resnext101_32x8d-8ba56ff5.pth", 79.312),
+  _torchvision("imagenet_v2", "resnet50", "resnet50-11ad3fa6.pth", 80.858, "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"),
+  _torchvision("imagenet_v2", "resnet101", "resnet101-cd907fc2.pth", 81.886),
+  _torchvision("imagenet_v2", "resnet152", "resnet152-f82ba261.pth", 82.284),
+  _torchvision("imagenet_v2", "wide_resnet50_2", "wide_resnet50_2-9ba9bcbe.pth", 81.602),
+  _torchvision("imagenet_v2", "wide_resnet101_2", "wide_resnet101_2-d733dc28.pth", 82.510),
+  _torchvision("imagenet_v2", "resnext50_32x4d", "resnext50_32x4d-1a0047aa.pth", 81.198),
+  _torchvision("imagenet_v2", "resnext101_32x8d", "resnext101_32x8d-110c445d.pth", 82.834),
+  # trained with norms that add nothing to the variance, for which torchvision's builder makes up (overwrite_eps)
+  _torchvision("coco", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_coco-eeacb38b.pth", 36.4,
+               "eeacb38b7cec8cf93c57867e05eaab621047f19b0d2ec5accaa405f690da15b7", eps=0.0, **_COCO),
+  _torchvision("coco", "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth", 41.5,
+               "5905b1c544219215e544dbe319720397bc4e68de61a733a59350d7976645b769", **_COCO),
+  # the MD5 is in mlcommons/cm4mlops, script/get-ml-model-retinanet/_cm.json, and in NVIDIA's submissions to MLPerf Inference; no SHA-256 is published
+  Published("mlperf", "retinanet_resnext50_32x4d_fpn", "https://zenodo.org/record/6605272/files/retinanet_model_10.zip",
+            "md5:2037c152a6be18e371ebec654314f7e0", 37.55, "https://github.com/mlcommons/inference/tree/master/vision/classification_and_detection",
+            264, tuple(MLPERF.replace("\n", " ").split(", ")), (800, 800), member="retinanet_model_10.pth"))
+
+
+def published(name: str, architecture: str) -> Published:
+  """The entry for `--weights name` (one of `NAMES`) and a network's builder name; imagenet and imagenet_v2 go by a detector's backbone.
+
+  UserError names what there is instead."""
+  if name not in NAMES: raise UserError(f"--weights {name}: no such published weights; choose from {', '.join(NAMES)}")
+  backbone = _backbone(architecture)
+  wanted = backbone if name.startswith("imagenet") else architecture
+  entries = {e.architecture: e for e in PUBLISHED if e.name == name}
+  if wanted in entries: return entries[wanted]
+  backbones = [_backbone(a) for a in entries]
+  mends = [f"--backbone {backbones[0]}"]
+  if name == "imagenet_v2" and any(e.name == "imagenet" and e.architecture == backbone for e in PUBLISHED): mends.append("--weights imagenet")
+  elif wanted.startswith("retinanet_") and backbone in backbones: mends = ["--variant v1"]
+  elif not name.startswith("imagenet") and not wanted.startswith("retinanet_"): mends = ["--weights imagenet"]
+  there = " and ".join(", ".join(entries).rsplit(", ", 1))
+  raise UserError(f"--weights {name}: published for {there}, not for {wanted}; choose {' or '.join(mends)}")
+
+
+def _backbone(architecture: str) -> str:
+  if not architecture.startswith("retinanet_"): return architecture
+  return architecture.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
+
+
+def about(entry: Published) -> dict[str, Any]:
+  """What is known of a published file, in the words of a run's metadata. A detector's labels are the category ids of its dataset."""
+  known: dict[str, Any] = {"model": entry.architecture, "num_classes": entry.num_classes, "eps": entry.eps, "source": entry.source}
+  if entry.size is None: return known | {"top1": round(entry.score / 100, 6)}
+  return known | {"class_names": list(entry.class_names or ()), "category_ids": list(range(entry.num_classes)), "size": list(entry.size),
+                  "max_size": entry.max_size, "mAP": round(entry.score / 100, 6)}
+
+
+def fetch_published(entry: Published) -> Path:
+  """The verified file of weights in the user's cache, downloaded (see `download.fetch`) and unpacked where it is not there yet."""
+  path = fetch(entry.url, entry.checksum, cache_folder("weights"))
+  return path if entry.member is None else unpack(path, entry.member)
+
+
+def unpack(archive: Path, member: str) -> Path:
+  """The file `member`, a plain name, out of a zip archive into the folder of the archive, whole or not at all, and only if it is not there yet.
+
+  Size and CRC-32 in the archive are held against the file each time. Nothing else in the archive is looked at. UserError where the archive has no
+  such file, is broken or unpacks to more than `MOST` bytes, or where the disk refuses."""
+  path, partial = archive.with_name(member), archive.with_name(f".{member}.{secrets.token_hex(4)}.partial")
+  try:
+    with zipfile.ZipFile(archive) as z:
+      if [i.filename for i in z.infolist()].count(member) != 1: raise UserError(f"{archive}: does not hold one file {member}")
+      info = z.getinfo(member)
+      if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError(f"{member} is not packed with deflate")
+      if info.file_size > MOST: raise UserError(f"{archive}: {member} would take {info.file_size} bytes, more than the {MOST} allowed")
+      if path.is_file() and path.stat().st_size == info.file_size and _crc(path) == info.CRC: return path
+      if (free := shutil.disk_usage(path.parent).free) < info.file_size:
+        raise UserError(f"{path}: needs {info.file_size} bytes, {free} are free: make room there")
+      with z.open(info) as source, open(partial, "xb") as f:
+        shutil.copyfileobj(source, f, 1 << 20)   # ends at the size stated, and raises where the CRC differs
+        f.flush()
+        os.fsync(f.fileno())
+        if f.tell() != info.file_size: raise zipfile.BadZipFile(f"{member} ends after {f.tell()} of {info.file_size} bytes")
+    os.replace(partial, path)
+    return path
+  except OSError as e: raise UserError(f"cannot unpack {archive}: {e.strerror or e}") from e
+  except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as e:
+    raise UserError(f"{archive}: is broken ({e}); remove it to have it fetched again") from e
+  finally:
+    with contextlib.suppress(OSError): partial.unlink(missing_ok=True)
+
+
+def _crc(path: Path) -> int:
+  value = 0
+  with open(path, "rb") as f:
+    while chunk := f.read(1 << 20): value = zlib.crc32(chunk, value)
+  return value
