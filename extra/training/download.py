@@ -83,7 +83,9 @@ def _on_mirror(mirror: str, name: str) -> str:
 @contextlib.contextmanager
 def _locked(partial: Path, tag: Path) -> Iterator[BinaryIO]:
   """The partial file open for appending and locked for this process alone; removed at the end, with its tag, if it is empty."""
-  def ours() -> bool: return partial.exists() and os.path.samestat(os.stat(partial), os.fstat(f.fileno()))
+  def ours() -> bool:
+    try: return os.path.samestat(os.stat(partial), os.fstat(f.fileno()))
+    except FileNotFoundError: return False
   while True:
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "ab") as f:
