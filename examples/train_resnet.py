@@ -5,7 +5,7 @@ With `--data FOLDER` it trains on yours, sorted as ImageNet is: train/<class>/*.
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
 import os, shlex, sys, time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.training.config import as_dict, describe, option, parse, recall
@@ -19,13 +19,15 @@ from extra.datasets.transforms import center_crop_resize, compose, horizontal_fl
 from extra.models import resnet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
-from extra.training import checkpoint
 from extra.training.loop import jit, make_step, train
+from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
+from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
+from extra.training.signals import Signals
 from extra.training.tracking import Tracker, duration
 from extra.training.trainer import TrainerConfig, make_optimizer
-from extra.training.weights import load_run, load_weights, save_run, save_weights
+from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 
@@ -90,6 +92,7 @@ def main(config: Config) -> None:
   gpus = devices(config.gpus)
   resize = config.resize or round(config.size / 0.875)
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
+  folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
   if resize < config.size: raise UserError(f"--resize {resize}: is less than --size {config.size}, which is cut out of it")
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
@@ -112,31 +115,27 @@ def main(config: Config) -> None:
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = config.backbone
   model = resnet.build(name, num_classes, config.norm, config.seed)
-  notes = load_weights(config.weights, model, name) if config.weights != "none" and config.resume is None else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed else []
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
-  resumed = {}
-  if config.resume is not None:
-    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is there")
-    resumed = load_run(path, model, optimizer)
+  if resumed: restore(model, optimizer, state, config.resume)
   replicate([*tensors.values(), *optimizer.state().values()], gpus)
 
   def losses(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     logits = model(normalize(images, DTYPES[config.dtype])).float().contiguous()
     return {"loss": cross_entropy(logits, labels, config.label_smoothing), "accuracy": (logits.argmax(1) == labels).cast(dtypes.float32).mean()}
 
-  step = make_step(losses, optimizer, buffers, config.accumulate)
+  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
 
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  runs, run_name = Path(config.out), config.run_name or f"{Path(config.data.replace(':', '-')).name}-{config.backbone}"
-  if config.resume is not None: runs, run_name = Path(config.resume).parent, Path(config.resume).name
-  tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, score="top1", target=config.target, mode=config.wandb,
-                    resume_id=resumed.get("run_id"))
+  tracker = Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target, mode=config.wandb, resume=resumed, lock=lock)
   about = {"model": name, "norm": config.norm, "num_classes": num_classes, "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [config.size, config.size], "resize": resize, "config": as_dict(config),
-           "run_id": tracker.id}
+           "run_id": tracker.id, "best_top1": resumed["best_top1"] if resumed else -1.0}
+  checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
+                            every_minutes=config.save_minutes)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {num_classes} classes, {len(train_set)} training and "
         f"{len(val_set)} validation pictures at {config.size}x{config.size} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
@@ -148,7 +147,7 @@ def main(config: Config) -> None:
   def forward(images: Tensor) -> Tensor:
     with Context(TRAINING=0): return model(normalize(images, DTYPES[config.dtype])).float().contiguous()
 
-  best, scores = resumed.get("best_top1", -1.0), None
+  scores, signals = None, Signals()
 
   def draw(batch, logits: np.ndarray, done: int, count: int) -> None:
     """Draw the first `count` pictures of `batch`, each with its class and the likeliest one."""
@@ -162,6 +161,7 @@ def main(config: Config) -> None:
     """Top-1, top-5 and loss over the validation pictures."""
     losses, ranks, drawn = [], [], 0
     for batch in val_loader.epoch(0):
+      signals.raise_if_stopped()
       real = np.count_nonzero(batch.image_ids >= 0)   # the last batch is filled up at its end
       logits = forward(to_devices(batch.images, gpus)).numpy()[:real]
       draw(batch, logits, done, config.pictures - drawn)
@@ -170,29 +170,31 @@ def main(config: Config) -> None:
     ranks = np.concatenate(ranks)
     return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(np.concatenate(losses).mean())}
 
-  def after_epoch(epoch: int, done: int) -> bool:
-    """Evaluate, draw, save; True ends the run."""
-    nonlocal best, scores
-    if epoch % config.eval_every and epoch < config.epochs: return False
+  def after_epoch(epoch: int, done: int, log: bool = True) -> bool | None:
+    """Evaluate, draw, keep the best; True ends the run."""
+    nonlocal scores
+    if epoch % config.eval_every and epoch < config.epochs: return None
     begun = time.monotonic()
     with optimizer.averaged():
       scores = evaluate(done)
-      state = about | {"epoch": epoch, "step": done, "top1": scores["top1"], "best_top1": max(best, scores["top1"])}
-      if scores["top1"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state, config.save_half)
-    tracker.log({f"eval/{key}": value for key, value in scores.items()} | {"eval/seconds": time.monotonic() - begun}, done, epoch)
+      if scores["top1"] > about["best_top1"]:
+        about["best_top1"] = scores["top1"]
+        checkpoints.keep_best({"epoch": epoch, "step": done, "top1": scores["top1"]}, config.save_half)
+    if log: tracker.log({f"eval/{key}": value for key, value in scores.items()} | {"eval/seconds": time.monotonic() - begun}, done, epoch)
     print(f"epoch {epoch}: top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
           f"({duration(time.monotonic() - begun)})", flush=True)
-    best = max(best, scores["top1"])
-    save_run(tracker.folder / f"checkpoint-{done}.safetensors", model, optimizer, state)
-    checkpoint.prune(tracker.folder)
-    return config.stop_at_target and config.target is not None and best >= config.target
+    return config.stop_at_target and config.target is not None and about["best_top1"] >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop
-  done_steps = resumed.get("step", 0)
+  explain = partial(first_not_finite, model, losses) if config.debug_numerics else lambda *_: ""
   try:
-    train(step, train_loader, lambda batch: (to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)), tracker,
-          epochs=config.epochs, start=done_steps, log_every=config.log_every, after_epoch=after_epoch)
-    if scores is None: after_epoch(config.epochs, done_steps)
+    with signals:
+      train(step, train_loader, lambda batch: (to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)), tracker, checkpoints, signals,
+            epochs=config.epochs, start=resumed or None, log_every=config.log_every, max_skipped=config.max_skipped, after_epoch=after_epoch,
+            explain=explain)
+      if scores is None: after_epoch(config.epochs, resumed["step"] if resumed else 0, log=False)
+      checkpoints.finish()
+    best = about["best_top1"]
     target = "" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}"
     print(f"top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}")
     print(f"best top-1 {best:.4f}{target}; {duration(time.monotonic() - started)} in all")
@@ -211,7 +213,8 @@ if __name__ == "__main__":
   with exit_on_user_error():
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    if config.resume is not None:
-      config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+    if folder is not None and (folder / "config.json").is_file():
+      config = parse(Config, {"resumed": recall(Config, folder / "config.json")}, sys.argv[1:], os.environ, "resumed")
     require_device()
     main(config)

@@ -5,7 +5,7 @@ With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or 
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
 import os, sys, time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.training.config import as_dict, describe, option, parse, recall, show_size, size
@@ -24,13 +24,15 @@ from extra.detection.matcher import match
 from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
-from extra.training import checkpoint
 from extra.training.loop import jit, make_step, train
+from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
+from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
+from extra.training.signals import Signals
 from extra.training.tracking import Tracker, duration
 from extra.training.trainer import TrainerConfig, make_optimizer
-from extra.training.weights import load_run, load_weights, save_run, save_weights
+from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 
@@ -48,6 +50,7 @@ class Config(TrainerConfig):
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
+  strict: bool = option(False, "make every oddity of the data an error", group="data")
   workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
   train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0,
                              group="data")
@@ -89,15 +92,17 @@ def main(config: Config) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
+  folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  if embedded(config.data):
-    train_set = open_dataset(config.data, "train", size=max(config.size), count=config.train_images or 4000)
-    val_set = open_dataset(config.data, "val", size=max(config.size), count=256)
-  else:
-    train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
-    if config.train_images: train_set = Subset(train_set, config.train_images)
-  if config.overfit: val_set = train_set
+  splits, wrong = [], []
+  for split, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
+    options = {"size": max(config.size), "count": count} if embedded(config.data) else {"strict": config.strict}
+    try: splits.append(open_dataset(config.data, split, **options))
+    except UserError as e: wrong.append(str(e))
+  if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))   # what is wrong with either, at once
+  if config.train_images and not embedded(config.data): splits[0] = Subset(splits[0], config.train_images)
+  train_set, val_set = splits[0], splits[-1]
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
 
@@ -112,16 +117,13 @@ def main(config: Config) -> None:
   name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   model = retinanet.build(name, len(train_set.class_names), norm, config.seed)
-  notes = load_weights(config.weights, model, name) if config.weights != "none" and config.resume is None else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed else []
   if config.weights != "none": retinanet.freeze(model, config.trainable_layers)   # random layers are no use fixed (torchvision does the same)
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
-  resumed = {}
-  if config.resume is not None:
-    if (path := checkpoint.newest(config.resume)) is None: raise UserError(f"--resume {config.resume}: no whole checkpoint-*.safetensors is there")
-    resumed = load_run(path, model, optimizer)
+  if resumed: restore(model, optimizer, state, config.resume)
   level_anchors = Tensor(anchors(height, width))
   replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
 
@@ -131,16 +133,15 @@ def main(config: Config) -> None:
     classification, regression = detection_losses(*outputs, level_anchors, classes, matched, config.box_loss)
     return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
 
-  step = make_step(losses, optimizer, buffers, config.accumulate)
+  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
 
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  runs, run_name = Path(config.out), config.run_name or f"{Path(config.data.replace(':', '-')).name}-{config.backbone}"
-  if config.resume is not None: runs, run_name = Path(config.resume).parent, Path(config.resume).name
-  tracker = Tracker(runs, as_dict(config), project=config.project, name=run_name, target=config.target, mode=config.wandb,
-                    resume_id=resumed.get("run_id"))
+  tracker = Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb, resume=resumed, lock=lock)
   about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config),
-           "run_id": tracker.id}
+           "run_id": tracker.id, "best_mAP": resumed["best_mAP"] if resumed else -1.0}
+  checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
+                            every_minutes=config.save_minutes)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
         f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
@@ -152,19 +153,20 @@ def main(config: Config) -> None:
   def forward(images: Tensor) -> tuple[Tensor, ...]:
     with Context(TRAINING=0): return tuple(t.float().contiguous() for t in model(normalize(images, DTYPES[config.dtype])))
 
-  best, result = resumed.get("best_mAP", -1.0), None
+  result = None
 
   def draw(batch, detections) -> None:
+    signals.raise_if_stopped()
     for i in np.flatnonzero(batch.image_ids >= 0)[:config.pictures - len(drawn)]:
       known, sure = batch.labels[i] >= 0, detections.scores[i] > 0.5
       found = (x[i][sure] for x in (detections.boxes, detections.labels, detections.scores))
       drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known], *found,
                                    train_set.class_names, done_steps))
 
-  def after_epoch(epoch: int, done: int) -> bool:
-    """Evaluate, draw, save; True ends the run."""
-    nonlocal best, result, done_steps
-    if epoch % config.eval_every and epoch < config.epochs: return False
+  def after_epoch(epoch: int, done: int, log: bool = True) -> bool | None:
+    """Evaluate, draw, keep the best; True ends the run."""
+    nonlocal result, done_steps
+    if epoch % config.eval_every and epoch < config.epochs: return None
     done_steps = done
     drawn.clear()
     begun = time.monotonic()
@@ -172,28 +174,32 @@ def main(config: Config) -> None:
       metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), Tensor(anchors(height, width)),
                         level_sizes(height, width), CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
       result = metric.compute()
-      state = about | {"epoch": epoch, "step": done, "mAP": result.metrics["mAP"], "best_mAP": max(best, result.metrics["mAP"])}
-      if result.metrics["mAP"] > best: save_weights(tracker.folder / "best.safetensors", tensors, state, config.save_half)
+      if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
+        about["best_mAP"] = mAP
+        checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half)
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
-    tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
-    print(f"epoch {epoch}: mAP {result.metrics['mAP']:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
-    best = max(best, result.metrics["mAP"])
-    save_run(tracker.folder / f"checkpoint-{done}.safetensors", model, optimizer, state)
-    checkpoint.prune(tracker.folder)
-    return config.stop_at_target and config.target is not None and best >= config.target
+    if log: tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
+    print(f"epoch {epoch}: mAP {mAP:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
+    return config.stop_at_target and config.target is not None and about["best_mAP"] >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop
-  drawn, done_steps = [], resumed.get("step", 0)
+  drawn, done_steps, signals = [], resumed["step"] if resumed else 0, Signals()
+  explain = partial(first_not_finite, model, losses) if config.debug_numerics else lambda *_: ""
   try:
-    train(step, train_loader, lambda batch: tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels)), tracker,
-          epochs=config.epochs, start=done_steps, log_every=config.log_every, after_epoch=after_epoch)
-    if result is None: after_epoch(config.epochs, done_steps)
+    with signals:
+      train(step, train_loader, lambda batch: tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels)), tracker, checkpoints,
+            signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every, max_skipped=config.max_skipped,
+            after_epoch=after_epoch, explain=explain)
+      if result is None: after_epoch(config.epochs, done_steps, log=False)
+      checkpoints.finish()
+    best = about["best_mAP"]
     print(result.table, end="")
     target = "" if config.target is None else f"; target {config.target:.4f}: {'reached' if best >= config.target else 'missed'}"
     print(f"best mAP {best:.4f}{target}; {duration(time.monotonic() - started)} in all")
     print(f"pictures: {tracker.folder / 'pictures'}   weights: {tracker.folder / 'best.safetensors'}")
     tracker.summary({f"final/{key}": value for key, value in result.metrics.items()} | {"minutes": (time.monotonic() - started) / 60})
   finally:
+    checkpoints.wait()
     train_loader.close()
     val_loader.close()
     tracker.finish()
@@ -203,7 +209,8 @@ if __name__ == "__main__":
   with exit_on_user_error():
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    if config.resume is not None:
-      config = parse(Config, {"resumed": recall(Config, Path(config.resume) / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+    if folder is not None and (folder / "config.json").is_file():
+      config = parse(Config, {"resumed": recall(Config, folder / "config.json")}, sys.argv[1:], os.environ, "resumed")
     require_device()
     main(config)

@@ -9,8 +9,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-  """Print a `UserError` as one line on stderr and exit with code 2; let every other exception through."""
+  """Print a `UserError` as one line on stderr and exit with code 2, and after Ctrl-C with 130; let every other exception through."""
   try: yield
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt: sys.exit(130)

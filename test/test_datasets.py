@@ -159,8 +159,9 @@ def test_coco_reads_what_pycocotools_reads(tmp_path):
     np.testing.assert_array_equal(sample.image, np.asarray(Image.open(folder / entry["file_name"])))
     assert dataset.image_name(i) == str(folder / entry["file_name"]) and sample.original_size == (entry["height"], entry["width"])
   assert len(dataset[1].boxes) == 0
-  assert len(dataset.warnings) == 2 and "2 boxes without area" in dataset.warnings[0] and "annotation id 2" in dataset.warnings[0]
-  assert "1 box more than 1 pixel over" in dataset.warnings[1] and "annotation id 3" in dataset.warnings[1]
+  assert dataset.warnings[0].endswith("boxes without area inside their image, dropped (2): annotation id 2, annotation id 4")
+  assert dataset.warnings[1].endswith("boxes more than 1 pixel over the border of their image, clipped (1): annotation id 3")
+  assert dataset.warnings[2].endswith("images without objects, which are background (1): empty.png") and len(dataset.warnings) == 3
 
 
 def test_coco_ground_truth_is_the_file_less_boxes_without_area(tmp_path):
@@ -175,17 +176,16 @@ def test_coco_ground_truth_is_the_file_less_boxes_without_area(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
   (lambda c: c.pop("images"), "no list 'images'"),
-  (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] has no field 'bbox'"),
-  (lambda c: c["annotations"][1].update(image_id=8), r"annotations\[1\].image_id 8"),
-  (lambda c: c["annotations"][3].update(category_id=4), r"annotations\[3\].category_id 4"),
-  (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotations\[0\].bbox"),
-  (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), r"annotations\[0\].bbox"),
-  (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", None]), r"annotations\[0\].bbox"),
-  (lambda c: c["annotations"][0].update(area="big"), r"annotations\[0\].area"),
-  (lambda c: c["annotations"][0].update(id=9), r"annotations\[\].id 9"),
-  (lambda c: c["images"][0].update(id="x"), r"images\[0\].id"),
-  (lambda c: c["images"][1].update(width=0), r"images\[1\].height and .width"),
-  (lambda c: c["images"][2].update(file_name="gone.png"), r"gone.png: file missing \(1 of 3"),
+  (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[\]\.bbox missing \(1\): annotations\[2\]"),
+  (lambda c: c["annotations"][1].update(image_id=8), r"annotations\[\]\.image_id not in the file's lists \(1\): annotations\[1\] says 8"),
+  (lambda c: c["annotations"][3].update(category_id=4), r"annotations\[\]\.category_id not .* annotations\[3\] says 4"),
+  (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox is not four numbers .*: annotations\[0\] \[1, 2, 3\]"),
+  (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), r"bbox is not four numbers .*: annotations\[0\] \[1, 2, nan, 4\]"),
+  (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", None]), r"bbox is not four numbers .*: annotations\[0\]"),
+  (lambda c: c["annotations"][0].update(area="big"), r"annotations\[\].area is not a number \(1\): annotation id 5"),
+  (lambda c: c["images"][0].update(id="x"), r"images\[\].id is not a whole number .*: images\[0\] 'x'"),
+  (lambda c: c["images"][1].update(width=0), r"images\[\].width is not a positive whole number \(1\): images\[1\] 0"),
+  (lambda c: c["images"][2].update(file_name="gone.png"), r"images\[\].file_name missing in .*images \(1\): gone.png"),
   (lambda c: c["images"][2].update(file_name="nowhere/gone.png"), "nowhere"),
   (lambda c: c.update(categories=[]), "'categories' is empty"),
 ])
@@ -200,7 +200,7 @@ def test_coco_names_what_is_wrong(tmp_path, spoil, message):
 def test_coco_names_a_file_that_is_not_json(tmp_path):
   file, folder = write_coco(tmp_path)
   file.write_text("{")
-  with pytest.raises(UserError, match=r"instances\.json: is not JSON"): Coco(file, folder)
+  with pytest.raises(UserError, match=r"instances\.json: is not a JSON file that can be read"): Coco(file, folder)
   with pytest.raises(UserError, match=r"gone\.json: cannot be opened"): Coco(tmp_path / "gone.json", folder)
 
 
@@ -242,12 +242,14 @@ def test_pictures_of_other_modes_become_rgb(tmp_path):
 
 def test_pictures_that_do_not_fit_or_cannot_be_read_are_named(tmp_path):
   write_picture(tmp_path / "a.png", 30, 20)
-  with pytest.raises(UserError, match=r"a\.png: the picture is 30x20 .*a\.json: images\[\].width/height of id 1 says 31x20"):
-    one_picture(tmp_path, "a.png", 31, 20)[0]
-  whole = (tmp_path / "a.png").read_bytes()
+  with pytest.raises(UserError, match=r"pictures of another size than annotated \(1\): a\.png is 30x20, not 31x20"):
+    one_picture(tmp_path, "a.png", 31, 20)
+  dataset, whole = one_picture(tmp_path, "a.png", 30, 20), (tmp_path / "a.png").read_bytes()
   for broken in (whole[:len(whole) // 2], b"", b"not a picture"):
     (tmp_path / "a.png").write_bytes(broken)
-    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"): one_picture(tmp_path, "a.png", 30, 20)[0]
+    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"): dataset[0]
+  write_picture(tmp_path / "a.png", 31, 20)
+  with pytest.raises(UserError, match=r"a\.png: the picture is 31x20 .*a\.json: images\[\].width/height of id 1 says 30x20"): dataset[0]
 
 
 # VOC
@@ -277,8 +279,8 @@ def test_voc_boxes_classes_and_oddities(tmp_path):
   np.testing.assert_array_equal(train[0].labels, [2, 1])
   assert len(train[1].boxes) == 0 and train.max_boxes == 2 and train.image_name(1).endswith("two.png")
   np.testing.assert_array_equal(val[0].boxes, [[29, 19, 40, 30]])
-  assert len(train.warnings) == 1 and "1 box without area" in train.warnings[0] and "one.xml" in train.warnings[0]
-  assert len(val.warnings) == 1 and "1 box more than 1 pixel over the border" in val.warnings[0]
+  assert train.warnings[0].endswith("boxes without area inside their image, dropped (1): one.xml")
+  assert val.warnings[0].endswith("boxes more than 1 pixel over the border of their image, clipped (1): three.xml")
   crowd = [a for a in train.ground_truth()["annotations"] if a["iscrowd"]]
   assert [(a["bbox"], a["category_id"]) for a in crowd] == [([1, 1, 8, 8], 2)]
   assert_ground_truth_agrees(train)
@@ -293,12 +295,12 @@ def test_voc_without_image_sets_is_split_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, message", [
-  (lambda d: (d / "Annotations" / "one.xml").unlink(), r"Annotations/one\.xml: file missing"),
-  (lambda d: (d / "JPEGImages" / "one.png").unlink(), r"JPEGImages/one\.jpg: file missing"),
-  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation>"), r"one\.xml: is not XML"),
-  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation><size/></annotation>"), r"one\.xml: <annotation> has no <size/height>"),
+  (lambda d: (d / "Annotations" / "one.xml").unlink(), r"the file is missing in Annotations \(1\): one\.xml"),
+  (lambda d: (d / "JPEGImages" / "one.png").unlink(), r"the file is missing in JPEGImages \(1\): one\.jpg"),
+  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation>"), r"annotations that cannot be read \(1\): one\.xml \(is not XML"),
+  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation><size/></annotation>"), r"<annotation> without <size/height> \(1\): one\.xml"),
   (lambda d: (d / "Annotations" / "one.xml").write_text((d / "Annotations" / "one.xml").read_text().replace("<xmin>3<", "<xmin>three<")),
-   r"one\.xml: <bndbox/xmin> is 'three', not a number"),
+   r"<bndbox/xmin> is no number of at most a million \(1\): one\.xml three"),
   (lambda d: (d / "ImageSets" / "Main" / "train.txt").unlink(), r"train\.txt: cannot be opened"),
   (lambda d: (d / "ImageSets" / "Main" / "train.txt").write_text("\n"), "the split 'train' has no image"),
 ])
@@ -315,7 +317,7 @@ def test_voc_refuses_entities(tmp_path, encoding):
   declarations = f'<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;"><!ENTITY file SYSTEM "{tmp_path / "secret"}">'
   text = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE x [{declarations}]><annotation><object><name>&b;</name></object></annotation>'
   (tmp_path / "d" / "Annotations" / "one.xml").write_bytes(text.encode(encoding))
-  with pytest.raises(UserError, match=r"one\.xml: a DOCTYPE declaration is refused"): Voc(tmp_path / "d", "train")
+  with pytest.raises(UserError, match=r"one\.xml \(a DOCTYPE declaration is refused"): Voc(tmp_path / "d", "train")
 
 
 # open_dataset

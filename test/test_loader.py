@@ -159,7 +159,7 @@ def test_a_killed_worker_ends_the_epoch_with_an_error_and_nothing_is_left():
   assert shared_memory_in_use()
   started = time.monotonic()
   os.kill(processes[0].pid, signal.SIGKILL)
-  with pytest.raises(RuntimeError, match=r"worker 0 died (on shapes:1/train/\d+|while idle) \(killed by SIGKILL\)"):
+  with pytest.raises(UserError, match=r"worker 0 died (on shapes:1/train/\d+|while idle) \(killed by SIGKILL\)"):
     for _ in iterator: pass
   assert time.monotonic() - started < 10
   assert all(p.poll() is not None for p in processes)

@@ -58,8 +58,8 @@ def test_updates(kind, weight_decay, norm_weight_decay, clip_norm, ema_decay):
   expected = torchs(kind, rates, {"weight": weight_decay, "bias": norm_weight_decay}, clip_norm, ema_decay)
   for n, (logs, (weights, average, norm)) in enumerate(zip(run(optimizer), expected, strict=True)):
     assert logs["lr"] == pytest.approx(rates[n], rel=1e-5)
-    assert logs.keys() == ({"lr", "gradient_norm"} if clip_norm else {"lr"})
-    if clip_norm: assert logs["gradient_norm"] == pytest.approx(norm, rel=1e-5), "the norm before clipping"
+    assert logs.keys() == {"lr", "gradient_norm", "skipped"} and logs["skipped"] == 0
+    assert logs["gradient_norm"] == pytest.approx(norm, rel=1e-5), "the norm before clipping"
     for name in SHAPES:
       np.testing.assert_allclose(params[name].numpy(), weights[name], atol=1e-5)
       if ema_decay: np.testing.assert_allclose(optimizer.ema[name].numpy(), average[name], atol=1e-5)

@@ -4,6 +4,7 @@ A data set is any object with `name`, `class_names` (in label order), `category_
 on an image), `warnings` (one line for each kind of oddity that was mended), `len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and
 `d.ground_truth()` in the form of a COCO instances file.
 """
+import os
 from pathlib import Path
 from typing import Any
 from extra.datasets.coco import Coco
@@ -16,7 +17,7 @@ from extra.errors import UserError
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # our name -> names met in folders
 
 
-def open_dataset(spec: str | Path, split: str, **shapes_options: Any) -> Shapes | Coco | Voc:
+def open_dataset(spec: str | Path, split: str, *, strict: bool = False, **shapes_options: Any) -> Shapes | Coco | Voc:
   """The "train" or "val" split of a data set.
 
   `spec` is "shapes" (the embedded data set, family 1), "shapes:1" or "shapes:2", with `shapes_options` (`size`, `count`, `seed`) for `Shapes`, or a
@@ -26,20 +27,20 @@ def open_dataset(spec: str | Path, split: str, **shapes_options: Any) -> Shapes 
     `validation`.
   Pascal VOC: `Annotations/` and `JPEGImages/`; training is the split `trainval` and validation `test` if `ImageSets/Main/test.txt` exists, otherwise
     `train` and `val`.
-  Raises UserError for any other folder and for a broken data set.
+  Raises UserError for any other folder and for a broken data set, with all its errors; with `strict`, oddities that would be mended are errors too.
   """
   if split not in SPLIT_NAMES: raise UserError(f"split '{split}' is unknown; choose train or val")
   if str(spec).partition(":")[0] == "shapes":
     family = str(spec).partition(":")[2] or "1"
-    if not family.isdecimal(): raise UserError(f"data set '{spec}' is unknown; the embedded ones are shapes:1 and shapes:2")
+    if family not in ("1", "2"): raise UserError(f"data set '{spec}' is unknown; the embedded ones are shapes:1 and shapes:2")
     return Shapes(split, int(family), **shapes_options)
   if shapes_options: raise TypeError(f"{', '.join(shapes_options)} are options of the embedded data set, not of the folder {spec}")
   folder = Path(spec)
-  if not folder.is_dir(): raise UserError(f"{spec}: is neither a folder nor one of the embedded data sets, shapes:1 and shapes:2")
+  if not os.path.isdir(folder): raise UserError(f"{spec}: is neither a folder nor one of the embedded data sets, shapes:1 and shapes:2")
   if (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir():
     has_test = (folder / "ImageSets" / "Main" / "test.txt").exists()
-    return Voc(folder, {"train": "trainval", "val": "test"}[split] if has_test else split)
-  return _open_coco(folder, split)
+    return Voc(folder, {"train": "trainval", "val": "test"}[split] if has_test else split, strict)
+  return _open_coco(folder, split, strict)
 
 
 def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | ImageFolder:
@@ -58,7 +59,7 @@ def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | 
   return ImageFolder(spec, split)
 
 
-def _open_coco(folder: Path, split: str) -> Coco:
+def _open_coco(folder: Path, split: str, strict: bool) -> Coco:
   names = SPLIT_NAMES[split]
   patterns = [p for n in names for p in (f"annotations/instances_{n}*.json", f"{n}.json", f"{n}/_annotations.coco.json")]
   files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
@@ -69,9 +70,9 @@ def _open_coco(folder: Path, split: str) -> Coco:
                     f"{split}/_annotations.coco.json (COCO), and for Annotations/ with JPEGImages/ (Pascal VOC); found "
                     f"{', '.join(found[:8]) or 'an empty folder'}{', ...' if len(found) > 8 else ''}")
   file = files[0]
-  if file.name == "_annotations.coco.json": return Coco(file, file.parent)
+  if file.name == "_annotations.coco.json": return Coco(file, file.parent, strict)
   tail = file.stem.removeprefix("instances_")
   places = [folder / p for p in dict.fromkeys([tail, *names, f"images/{tail}", *(f"images/{n}" for n in names), "images"])]
   for place in places:
-    if place.is_dir(): return Coco(file, place)
+    if place.is_dir(): return Coco(file, place, strict)
   raise UserError(f"{file}: no folder with its images; looked for {', '.join(str(p.relative_to(folder)) + '/' for p in places)} in {folder}")

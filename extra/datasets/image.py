@@ -1,37 +1,135 @@
-"""Pictures from files as RGB bytes."""
+"""Pictures from files as RGB bytes, and what their headers tell before that."""
+import contextlib, os, stat, unicodedata, warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from extra.datasets.problems import Problems, reason, shown
 from extra.errors import UserError
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")   # Pillow knows more; one of them, EPS, starts a program
 SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+MODES = {"RGB": None, "RGBX": None, "YCbCr": None, "1": "grey-scale", "L": "grey-scale", "LA": "grey-scale", "La": "grey-scale", "P": "of a palette",
+         "PA": "of a palette", "RGBA": None, "RGBa": None, "CMYK": "CMYK", **dict.fromkeys(SIXTEEN_BIT, "of 16 bits")}
+ALPHA = ("LA", "PA", "La", "RGBa", "RGBA")
+MAX_PIXELS = 100_000_000     # 300 MB as RGB, in each worker
+MAX_HEADERS = 20_000         # read before training: about a second; of a larger data set, so many in even steps
+ORIENTATION = 0x0112         # of EXIF
+WHOLE_CHECK = "python -m extra.datasets.check"
 
 
-def read_image(path: Path, size: tuple[int, int] | None, field: str) -> np.ndarray:
-  """The picture in a file as u8 [H,W,3] RGB: 16 bits scaled to 8, transparency laid on white.
+def read_image(path: str | Path, size: tuple[int, int] | None, field: str) -> np.ndarray:
+  """The picture in a file as u8 [H,W,3] RGB: 16 bits scaled to 8, transparency laid on white, of several frames the first.
 
   `size` (height, width) is what the annotations declare (None: nothing), `field` where they do so, for messages. Boxes belong to the picture of
   that size: the file's EXIF orientation is applied when it makes the sizes agree and the stored pixels do not.
-  Raises UserError when the file is no readable image or has another size.
+  Raises UserError when the file is no readable image, has more than MAX_PIXELS or another size.
   """
   try:
-    with Image.open(path) as picture:
+    with _opened(path) as picture:
       stored = (picture.height, picture.width)
       picture.load()
       if size is not None and size != stored: picture = ImageOps.exif_transpose(picture)
       image = _rgb(picture)
   except Exception as e:  # decoders raise almost anything on broken files
-    raise UserError(f"{path}: cannot be read as an image ({type(e).__name__}: {e}); replace the file or remove it from the annotations") from e
+    raise UserError(f"{path}: cannot be read as an image ({_why(e)}); replace the file or remove it from the annotations") from e
   if size is not None and image.shape[:2] != size:
     raise UserError(f"{path}: the picture is {stored[1]}x{stored[0]} pixels, but {field} says {size[1]}x{size[0]}; correct one of them")
   return image
 
 
+def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> None:
+  """Report what the headers of the files `names` in `folder` tell, where `sizes` (height, width) are annotated; no pixel is decoded.
+
+  Finds what is no picture, is cut short in its header, has too many pixels or another size, and counts what `read_image` will convert. Symbolic
+  links are followed, as data sets are often made of them, and one that leads out of the folder's surroundings is counted.
+  """
+  chosen = range(len(names)) if len(names) <= MAX_HEADERS else np.linspace(0, len(names) - 1, MAX_HEADERS).astype(int).tolist()
+  if len(chosen) < len(names):
+    problems.note(f"pictures, of which {MAX_HEADERS:,} were looked at, evenly spread; {WHOLE_CHECK} reads all", names, lambda _: "")
+  for i in chosen:
+    name, size = shown(names[i]), tuple(sizes[i])
+    try:
+      with _opened(os.path.join(folder, names[i])) as picture: found, oddities = _size_and_oddities(picture, size)
+    except Exception as e: problems.error("pictures that cannot be read", [f"{name} ({_why(e)})"])
+    else:
+      if found != size: problems.error("pictures of another size than annotated", [f"{name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}"])
+      for what in oddities: problems.odd(f"pictures {what}", [name])
+  problems.odd("pictures behind symbolic links out of the data set, followed", _links_out(folder, names), shown)
+
+
+def find_files(folder: str | Path, names: Sequence[str]) -> tuple[list[str | None], list[str]]:
+  """Where each of `names`, relative paths, is in `folder`, and the files beside them that no name stands for.
+
+  A name that is not there stands for a file that differs in the case of its suffix, the Unicode form or the direction of the slashes only, if there
+  is one such file; None otherwise. OSError where `folder` itself cannot be opened.
+  """
+  def spelling(name: str) -> str:
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    return os.path.normpath(stem + suffix.lower())
+  present = {entry.name for entry in os.scandir(folder)}
+  for sub in {os.path.dirname(n) for name in names for n in (name, name.replace("\\", "/"))} - {""}:
+    with contextlib.suppress(OSError): present.update(os.path.join(sub, entry.name) for entry in os.scandir(os.path.join(folder, sub)))
+  found: list[str | None] = [name if name in present else None for name in names]
+  if None in found:
+    similar: dict[str, list[str]] = {}
+    for name in present: similar.setdefault(spelling(name), []).append(name)
+    for i, name in enumerate(names):
+      if found[i] is None and len(candidates := similar.get(spelling(name), [])) == 1: found[i] = candidates[0]
+  return found, sorted(present.difference(found))
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+  """The picture in a regular file, not decoded, of a known kind and a bearable size."""
+  about = os.stat(path)
+  if not stat.S_ISREG(about.st_mode): raise ValueError("not a regular file")   # opening a pipe would wait for ever
+  if not about.st_size: raise ValueError("zero bytes")
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    with Image.open(path, formats=FORMATS) as picture:
+      if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height}, more than {MAX_PIXELS // 10 ** 6} million pixels")
+      if picture.mode not in MODES: raise ValueError(f"pixels of kind {picture.mode} have no agreed range, convert them to 8 or 16 bits")
+      yield picture
+
+
+def _size_and_oddities(picture: Image.Image, size: tuple[int, int]) -> tuple[tuple[int, int], list[str]]:
+  """(height, width) as `read_image` will find them where `size` is annotated, and what it will convert."""
+  stored = (picture.height, picture.width)
+  try: turn = (Image.Image.getexif(picture) if stored == size else picture.getexif()).get(ORIENTATION, 1)   # PNG's own decodes the picture first
+  except Exception: turn = 1   # what is no EXIF turns nothing
+  found = stored[::-1] if stored != size and turn in (5, 6, 7, 8) else stored
+  if found != size: return found, []
+  oddities = []
+  if found != stored: oddities.append("turned as their EXIF orientation says, for their annotated size is the turned one")
+  elif turn in range(2, 9): oddities.append("left as stored in spite of an EXIF orientation, for their annotated size is the stored one")
+  if kind := MODES[picture.mode]: oddities.append(f"{kind}, converted")
+  if picture.mode in ALPHA or "transparency" in picture.info: oddities.append("with transparency, laid on white")
+  if getattr(picture, "is_animated", False): oddities.append("of several frames, of which the first is used")
+  return found, oddities
+
+
+def _links_out(folder: str | Path, names: Sequence[str]) -> list[str]:
+  root = os.path.join(os.path.dirname(os.path.realpath(folder)), "")
+  places = {sub: os.path.realpath(os.path.join(folder, sub)) for sub in {os.path.dirname(name) for name in names}}
+  def real(name: str) -> str:
+    path = os.path.join(folder, name)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(places[os.path.dirname(name)], "")
+  return [name for name in names if not real(name).startswith(root)]
+
+
+def _why(error: Exception) -> str:
+  if isinstance(error, UnidentifiedImageError): return "not a picture, or its header is broken"
+  if isinstance(error, Image.DecompressionBombError): return f"more than {MAX_PIXELS // 10 ** 6} million pixels"
+  return reason(error)
+
+
 def _rgb(picture: Image.Image) -> np.ndarray:
   if picture.mode in SIXTEEN_BIT:
-    grey = (np.asarray(picture).astype(np.int64).clip(0, 65535) + 128) // 257
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
-  if picture.mode == "F": raise ValueError("floating-point pixels have no agreed range, convert them to 8 or 16 bits")
-  if picture.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in picture.info:
+    grey = np.asarray(picture).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535: raise ValueError("pixels of 32 bits have no agreed range, convert them to 8 or 16 bits")
+    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, 2)
+  if picture.mode in ALPHA or "transparency" in picture.info:
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
   return np.asarray(picture.convert("RGB"))

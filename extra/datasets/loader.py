@@ -26,7 +26,7 @@ class Loader:
   multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve all further ones, and
   end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be picklable then.
   A batch's arrays belong to the caller.
-  Raises UserError for an image that cannot be read or has more than `max_boxes` objects, RuntimeError when a worker dies; both name the image.
+  Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
@@ -45,10 +45,17 @@ class Loader:
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """The batches of epoch `epoch` from batch `start` on; the earlier ones are not loaded. Beginning an epoch ends the one before."""
-    order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+    order = self._order(epoch)
     indices = [order[i * self.batch_size:(i + 1) * self.batch_size].tolist() for i in range(start, len(self))]
     if self._canvas is None: self._canvas = self._transformed(epoch, 0).image.shape[:2]
     return self._epoch_in_pool(epoch, indices) if self.workers else self._epoch_in_process(epoch, indices)
+
+  def names(self, epoch: int, batch: int) -> list[str]:
+    """The names of the pictures in batch `batch` of an epoch."""
+    return [self.dataset.image_name(i) for i in self._order(epoch)[batch * self.batch_size:(batch + 1) * self.batch_size].tolist()]
+
+  def _order(self, epoch: int) -> np.ndarray:
+    return np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
 
   def close(self) -> None:
     """End the workers and free the shared memory; a later epoch starts them again."""
@@ -196,7 +203,7 @@ class _Pool:
     index = int(self.header[1 + worker])
     place = f"on {self.loader.dataset.image_name(index)}" if index >= 0 else "while idle"
     reason = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    raise RuntimeError(f"loader worker {worker} died {place} ({reason})") from None
+    raise UserError(f"loader worker {worker} died {place} ({reason}); if memory ran out, lower --workers or --bs") from None
 
 
 def _end_workers(processes: list[subprocess.Popen], connections: list[Connection]) -> None:
@@ -231,6 +238,7 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
         header[1 + worker] = index
         try: loader._fill_row(batches[slot], row, epoch, index)
         except UserError as e: error = UserError(str(e))
+        except MemoryError: error = UserError(f"{loader.dataset.image_name(index)}: memory ran out while it was loaded; lower --workers or --bs")
         except Exception: error = RuntimeError(f"a loader worker failed on {loader.dataset.image_name(index)}:\n{traceback.format_exc()}")
       if failure is None: header[1 + worker] = -1
       connection.send((run, slot, len(rows), error))

@@ -60,8 +60,9 @@ class BatchNorm:
     mean = values.mean((0, 2, 3))
     variance = (values - mean.detach().reshape(1, -1, 1, 1)).square().mean((0, 2, 3))  # d variance / d mean is 0
     count = x.numel() // x.shape[1]
-    self.running_mean.assign((1 - self.momentum) * self.running_mean + self.momentum * mean.detach())
-    self.running_var.assign((1 - self.momentum) * self.running_var + self.momentum * count / max(count - 1, 1) * variance.detach())
+    # A batch that overflowed leaves the running statistics as they were, as the optimiser leaves the weights.
+    for running, now in ((self.running_mean, mean.detach()), (self.running_var, count / max(count - 1, 1) * variance.detach())):
+      running.assign(now.isfinite().where((1 - self.momentum) * running + self.momentum * now, running))
     self.num_batches_tracked.assign(self.num_batches_tracked + 1)
     scale = self.weight * (variance + self.eps).rsqrt()
     return _scale_and_shift(x, scale, self.bias - mean * scale)

@@ -72,17 +72,18 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], Any]:
   """
   path = Path(path)
   try:
+    if path.exists() and not path.is_file() and not path.is_dir(): raise ValueError("it is not a regular file")   # a pipe would be waited for
     with open(path, "rb") as f:
       data = bytearray(os.fstat(f.fileno()).st_size)
       if f.readinto(data) != len(data): raise ValueError("it changed while being read")
     return _decode(data)
   except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-  except ValueError as e: raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+  except (ValueError, RecursionError) as e: raise UserError(f"{path} is not a whole safetensors file: {e}") from e
 
 
 def newest(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:
   """The whole `checkpoint-<step>.safetensors` of the highest step in folder, or None. A broken one is reported through warn and passed over."""
-  for path in reversed(_checkpoints(folder)):
+  for path in reversed(checkpoints(folder)):
     try: load(path)
     except UserError as e: warn(f"passing over a broken checkpoint: {e}")
     else: return path
@@ -91,11 +92,11 @@ def newest(folder: str | Path, warn: Callable[[str], None] = print) -> Path | No
 
 def prune(folder: str | Path, keep: int = 2) -> None:
   """Remove all `checkpoint-<step>.safetensors` of folder but the `keep` of the highest steps."""
-  for old in _checkpoints(folder)[:-keep]: old.unlink()
+  for old in checkpoints(folder)[:-keep]: old.unlink()
 
 
-def _checkpoints(folder: str | Path) -> list[Path]:
-  """The checkpoints of a run, whole or not, in the order of their steps."""
+def checkpoints(folder: str | Path) -> list[Path]:
+  """All `checkpoint-<step>.safetensors` in folder, whole or not, in the order of their steps."""
   steps = {int(match[1]): p for p in Path(folder).glob("checkpoint-*.safetensors") if (match := re.fullmatch(r"checkpoint-([0-9]+)", p.stem))}
   return [steps[step] for step in sorted(steps)]
 

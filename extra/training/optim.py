@@ -5,6 +5,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
+SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
 SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine"), ("sgd", "adam", "adamw")
 
 
@@ -25,12 +26,17 @@ def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, w
 class Optimizer:
   """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
 
+  An update whose gradient or loss is not finite leaves everything as it was.
+
   Args: `params` name -> realised f32 tensor; `kind` one of OPTIMIZERS; `rate` from `schedule`; `weight_decay` for tensors of two dimensions and more,
   `norm_weight_decay` for the others (norms and biases); `clip_norm` bounds the norm of the whole gradient, 0 leaves it; `ema_decay` > 0 keeps an
-  exponential moving average in `ema`, which starts short and lengthens to that decay.
+  exponential moving average in `ema`, which starts short and lengthens to that decay; `accumulate` > 1 keeps `sums` for that many gradients to be
+  added up in; `loss_scale` is what the loss starts out multiplied by where the network computes in half precision: halved by an update that is not
+  finite, doubled after 2,000 that are.
   Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""
   def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float = 0.9, betas: tuple[float, float] = (0.9, 0.999),
-               eps: float = 1e-8, weight_decay: float = 0.0, norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0):
+               eps: float = 1e-8, weight_decay: float = 0.0, norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0,
+               accumulate: int = 1, loss_scale: float | None = None):
     self.params, self.kind, self.rate, self.momentum, self.betas, self.eps = params, kind, rate, momentum, betas, eps
     self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
     self.clip_norm, self.ema_decay = clip_norm, ema_decay
@@ -38,19 +44,34 @@ class Optimizer:
     self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
     self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
     self.ema = {name: p.clone() for name, p in params.items()} if ema_decay else {}
+    self.sums = {name: _zeros(p.shape) for name, p in params.items()} if accumulate > 1 else {}
+    # the factor, and how many finite updates it has seen
+    self.loss_scale = None if loss_scale is None else Tensor(np.array([loss_scale, 0], np.float32))
 
   def state(self) -> dict[str, Tensor]:
     """Everything but the parameters that the next update depends on, by name."""
-    groups = {"first": self.first, "second": self.second, "ema": self.ema}
-    return {"steps": self.steps} | {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+    groups = {"first": self.first, "second": self.second, "ema": self.ema, "sum": self.sums}
+    scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+    return {"steps": self.steps} | scale | {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
 
-  def update(self, gradients: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Assign the next values, given the gradients of `params` in order. Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`."""
-    logs = {"lr": (lr := self.rate(self.steps))}
-    if self.clip_norm:
-      logs["gradient_norm"] = norm = total_norm(gradients)
-      scale = (self.clip_norm / (norm + 1e-6)).minimum(1).contiguous()
-      gradients = [g * scale for g in gradients]
+  def update(self, gradients: list[Tensor], loss: Tensor | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Assign the next values, given the gradients of `params` in order (of the loss times `loss_scale`, where there is one), and the loss, a scalar,
+    unless a loss that is not finite shows in the gradients. Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`, `skipped` (1
+    where nothing was changed) and `loss_scale`."""
+    norm = total_norm(gradients)
+    if self.loss_scale is not None: norm = norm / self.loss_scale[:1]
+    ok = (norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()).contiguous()
+    logs = {"lr": (lr := self.rate(self.steps)), "gradient_norm": norm, "skipped": ok.where(0.0, 1.0)}
+    def keep(tensor: Tensor, new: Tensor) -> None: tensor.assign(ok.where(new, tensor))
+    factor = None if self.loss_scale is None else 1 / self.loss_scale[:1]
+    if self.clip_norm: factor = (self.clip_norm / (norm + 1e-6)).minimum(1) * (1 if factor is None else factor)
+    if factor is not None:
+      factor = factor.contiguous()
+      gradients = [g * factor for g in gradients]
+    if self.loss_scale is not None:
+      logs["loss_scale"], (scale, good) = self.loss_scale[:1], self.loss_scale.split(1)
+      grown = (good + 1 >= SCALE_STEPS)
+      self.loss_scale.assign(ok.where(grown.where(scale * 2, scale).cat(grown.where(0, good + 1)), (scale / 2).maximum(1).cat(good * 0)))
     t = self.steps + 1
     correction1, correction2 = (1 - (t * math.log(beta)).exp() for beta in self.betas)
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
@@ -58,22 +79,21 @@ class Optimizer:
       first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
       if decay and self.kind != "adamw": g = g + decay * p
       if self.kind == "sgd":
-        first.assign(self.momentum * first + g)
+        keep(first, self.momentum * first + g)
         new = p - lr * first
       else:
         second, (beta1, beta2) = self.second[name], self.betas
         g = g.contiguous()   # both moments read it
-        first.assign(beta1 * first + (1 - beta1) * g)
-        second.assign(beta2 * second + (1 - beta2) * g * g)
+        keep(first, beta1 * first + (1 - beta1) * g)
+        keep(second, beta2 * second + (1 - beta2) * g * g)
         new = p * (1 - lr * decay) if decay and self.kind == "adamw" else p
         new = new - lr_adam * first / (second.sqrt() / root + self.eps)
-      p.assign(new)
+      keep(p, new)
       if self.ema_decay:
         decay_now = (t / (t + 9)).minimum(self.ema_decay)
-        self.ema[name].assign(decay_now * self.ema[name] + (1 - decay_now) * p)
-    self.steps.assign(t)
+        keep(self.ema[name], decay_now * self.ema[name] + (1 - decay_now) * p)
+    keep(self.steps, t)
     return [*self.params.values(), *self.state().values()], logs
-
 
   @contextlib.contextmanager
   def averaged(self) -> Iterator[None]:
@@ -87,8 +107,10 @@ class Optimizer:
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
   """The Euclidean norm, f32 [1], of all gradients taken as one vector."""
-  squares = [g.cast(dtypes.float32).square().sum().reshape(1) for g in gradients]
-  # In rounds, because a CPU kernel takes at most 63 buffers.
+  # The small ones together, as a kernel for each costs more than its work. In rounds, because a CPU kernel takes at most 63 buffers.
+  small = [g.cast(dtypes.float32).reshape(-1) for g in gradients if g.numel() <= SMALL]
+  squares = [g.cast(dtypes.float32).square().sum().reshape(1) for g in gradients if g.numel() > SMALL]
+  squares += [small[i].cat(*small[i + 1:i + 32]).square().sum().reshape(1).contiguous() for i in range(0, len(small), 32)]
   while len(squares) > 1: squares = [squares[i].cat(*squares[i + 1:i + 32]).sum().reshape(1).contiguous() for i in range(0, len(squares), 32)]
   return squares[0].sqrt()
 

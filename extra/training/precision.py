@@ -2,4 +2,4 @@
 from tinygrad import dtypes
 from tinygrad.dtype import DType
 
-DTYPES: dict[str, DType] = {"float32": dtypes.float32, "bf16": dtypes.bfloat16}
+DTYPES: dict[str, DType] = {"float32": dtypes.float32, "bf16": dtypes.bfloat16, "half": dtypes.half}

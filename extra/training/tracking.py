@@ -1,36 +1,45 @@
 """What a run leaves behind: local files always, Weights & Biases where it works, and one line of progress on the screen."""
-import contextlib, json, math, os, re, secrets, shlex, shutil, sys, threading, time
+import contextlib, errno, json, math, os, re, secrets, shlex, shutil, sys, threading, time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 from extra.errors import UserError
+from extra.training.checkpoint import whole_file
 from extra.training.pictures import truth_and_prediction
+
+try: import fcntl
+except ImportError: fcntl = None   # Windows: nothing keeps a second process out
 
 FINISH_SECONDS = 5
 
 
 class Tracker:
-  """The record of one run, in `folder`/`name`: config.json, metrics.jsonl, summary.json, pictures/ and wandb's own files.
+  """The record of one run, in `folder`: config.json, metrics.jsonl, summary.json, pictures/ and wandb's own files.
 
-  folder holds all runs ("runs"); config is JSON values; score names the series that ranks a run's evaluations, higher being better, and target is its
+  config is JSON values; score names the series that ranks a run's evaluations, higher being better, and target is its
   value to reach, drawn as `eval/target` beside `eval/<score>`; summary.json gets the best as `best_<score>`. mode is "online", "offline", "disabled"
   or None: WANDB_MODE or wandb's own settings decide, else online when logged in and offline otherwise. Nothing ever prompts, and no failure of wandb
-  stops a run: it is reported in one line, and the local files go on. A name that is taken gets a number appended, except with resume_id, the `id` of
-  the Tracker to go on with, whose folder and wandb run are continued. UserError where the folder cannot be made.
+  stops a run: it is reported in one line, and the local files go on. Nor does a full disk: it costs lines and pictures.
+
+  A name that is taken gets a number appended. `resume` is the metadata of the checkpoint to go on from, or {} to begin again in a folder that exists:
+  the folder is used as it is, what metrics.jsonl holds from after the checkpoint is cut off, as it will come again, and wandb's run
+  `resume["run_id"]` goes on; `lock` is then what `claim` gave for the folder. UserError where the folder cannot be made.
   """
-  def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, name: str, score: str = "mAP", target: float | None = None,
-               mode: str | None = None, resume_id: str | None = None):
-    self.folder = _run_folder(Path(folder), name, resume_id is not None)
-    self.score, self.target, self.id, self.best, self._summary = score, target, resume_id or secrets.token_hex(4), None, {}
-    seconds = _mend(self.folder/"metrics.jsonl")
-    self._started = time.monotonic() - seconds
-    self._metrics = open(self.folder/"metrics.jsonl", "a", encoding="utf-8")
-    (self.folder/"config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, score: str = "mAP", target: float | None = None,
+               mode: str | None = None, resume: dict | None = None, lock: TextIO | None = None):
+    self.folder = _run_folder(Path(folder), resume is not None)
+    self._lock = lock or claim(self.folder)
+    self.score, self.target, self.id, self._summary = score, target, (resume or {}).get("run_id") or secrets.token_hex(4), {}
+    kept = _mend(self.folder/"metrics.jsonl", (resume or {}).get("step", 0), (resume or {}).get("evaluated", 0))
+    scores = [line[f"eval/{score}"] for line in kept if line.get(f"eval/{score}") is not None]
+    self.best, self._started = max(scores, default=None), time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
+    self._metrics, self._warned = open(self.folder/"metrics.jsonl", "ab", buffering=0), False
+    with whole_file(self.folder/"config.json") as f: f.write(json.dumps(config, indent=2).encode() + b"\n")
     self._wandb, self._run = None, None
-    if mode != "disabled": self._start_wandb(config, project, mode, resume_id is not None)
+    if mode != "disabled": self._start_wandb(config, project, mode, bool(resume))
 
   def log(self, metrics: dict[str, Any], step: int, epoch: float) -> None:
     """Append one line of metrics ("train/loss", "eval/mAP", ...) with step, epoch and seconds since the start; NaN and infinity become null."""
@@ -39,9 +48,22 @@ class Tracker:
     if (key := f"eval/{self.score}") in line:
       if self.target is not None: line["eval/target"] = self.target
       if line[key] is not None: self.best = max(line[key], -math.inf if self.best is None else self.best)
-    self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-    self._metrics.flush()
+    with self._surviving("metrics.jsonl"):
+      end, data = os.fstat(self._metrics.fileno()).st_size, json.dumps(line, allow_nan=False).encode() + b"\n"
+      try:
+        if self._metrics.write(data) != len(data): raise OSError(errno.ENOSPC, "no space left")
+      except OSError:   # half a line would spoil the file for its readers
+        self._metrics.truncate(end)
+        raise
     self._send(lambda wandb, run: run.log({key: value for key, value in line.items() if value is not None}))
+
+  @contextlib.contextmanager
+  def _surviving(self, what: str) -> Iterator[None]:
+    """Report, once, that something cannot be written, and go on."""
+    try: yield
+    except (OSError, UserError) as e:
+      if not self._warned: warn(f"{self.folder/what} cannot be written ({_reason(e)}): the run goes on without it, and without others that fail")
+      self._warned = True
 
   def picture(self, name: str, image: np.ndarray, truth_boxes: np.ndarray, truth_labels: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
               scores: np.ndarray, class_names: Sequence[str], step: int) -> Path:
@@ -51,7 +73,7 @@ class Tracker:
     """
     path = self.folder/"pictures"/f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{step:07d}.jpg"
     drawn = truth_and_prediction(image, truth_boxes, truth_labels, boxes, labels, scores, class_names)
-    Image.fromarray(drawn).save(path, quality=90, subsampling=0)
+    with self._surviving(f"pictures/{path.name}"), whole_file(path) as f: Image.fromarray(drawn).save(f, "JPEG", quality=90, subsampling=0)
     names = dict(enumerate(class_names))
     def overlay(boxes, labels, scores):
       data = [{"position": dict(zip(("minX", "minY", "maxX", "maxY"), map(float, box))), "domain": "pixel", "class_id": int(label),
@@ -66,18 +88,20 @@ class Tracker:
     """Add final figures of the run to summary.json and to wandb's summary."""
     self._summary |= {key: _plain(value) for key, value in values.items()}
     if self.best is not None: self._summary[f"best_{self.score}"] = self.best
-    (self.folder/"summary.json").write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with self._surviving("summary.json"), whole_file(self.folder/"summary.json") as f:
+      f.write(json.dumps(self._summary, indent=2, allow_nan=False).encode() + b"\n")
     self._send(lambda wandb, run: run.summary.update(self._summary))
 
   def finish(self) -> None:
     """Close the run, giving wandb a few seconds; a run that wandb has not uploaded prints how to upload it and how to view it."""
     self.summary({})
     self._metrics.close()
+    self._lock.close()
     if self._run is None: return
     (run, self._run), local = (self._run, None), self._run.settings.mode == "offline"
     try: run.finish()
     except Exception as e:
-      _warn(f"wandb did not finish in time ({_reason(e)})")
+      warn(f"wandb did not finish in time ({_reason(e)})")
       _tear_down(self._wandb)
       local = True
     folders = sorted(str(p) for p in (self.folder/"wandb").glob(f"*run-*-{self.id}"))
@@ -91,7 +115,7 @@ class Tracker:
       self._wandb = wandb
       wanted = wandb.setup(wandb.Settings(silent=True, console="off", **({"mode": mode} if mode else {}))).settings.mode
       if wanted in ("online", "shared") and not wandb.login(prompt=False, verify=False):
-        if mode or os.environ.get("WANDB_MODE"): _warn("wandb is not logged in (wandb login): this run is recorded offline")
+        if mode or os.environ.get("WANDB_MODE"): warn("wandb is not logged in (wandb login): this run is recorded offline")
         wanted = "offline"
     except Exception as e: return self._give_up(e)
     # an unreachable server costs one wait, then the run is recorded offline
@@ -103,7 +127,7 @@ class Tracker:
                                settings=settings)
       except Exception as e:
         if attempt in ("offline", "disabled"): return self._give_up(e)
-        _warn(f"wandb cannot go online ({_reason(e)}): this run is recorded offline")
+        warn(f"wandb cannot go online ({_reason(e)}): this run is recorded offline")
         _tear_down(wandb)
       else: break
     self._send(self._define)
@@ -123,7 +147,7 @@ class Tracker:
 
   def _give_up(self, e: Exception) -> None:
     self._run = None
-    _warn(f"wandb stopped working ({_reason(e)}): the run goes on, recorded in {self.folder}")
+    warn(f"wandb stopped working ({_reason(e)}): the run goes on, recorded in {self.folder}")
     # or wandb's own exit hook would wait for a dead service, or print its traceback
     if self._wandb is not None: _tear_down(self._wandb)
 
@@ -179,26 +203,43 @@ def duration(seconds: float) -> str:
   return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _run_folder(runs: Path, name: str, resumed: bool) -> Path:
+def claim(folder: Path) -> TextIO:
+  """Take the folder of a run for this process, until the file returned is closed or the process ends; UserError where another process has it."""
+  try:
+    file = open(folder/"run.lock", "a", encoding="utf-8")
+    if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError: raise UserError(f"{folder}: another process is running there; end it first, or choose another --run-name") from None
+  except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another --out, or mend its permissions") from e
+  return file
+
+
+def _run_folder(wanted: Path, resumed: bool) -> Path:
   """Make the folder of a run: a new one, numbered if the name is taken, or the old one."""
-  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name): raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-'")
+  runs, name = wanted.parent, wanted.name
   try:
     for number in range(1, 10_000):
       folder = runs/(name if number == 1 else f"{name}-{number}")
-      try: (folder/"pictures").mkdir(parents=True, exist_ok=resumed)
+      try: folder.mkdir(parents=True, exist_ok=resumed)
       except FileExistsError: continue
+      (folder/"pictures").mkdir(exist_ok=True)
       return folder
-  except OSError as e: raise UserError(f"cannot make a run folder in {runs}: {e.strerror}") from e
+  except OSError as e: raise UserError(f"cannot make a run folder in {runs}: {e.strerror}; choose another --out, or mend its permissions") from e
   raise UserError(f"{runs} holds too many runs called {name}: choose another name")
 
 
-def _mend(metrics: Path) -> float:
-  """Cut off a line that a crash left unfinished; returns the seconds of the last whole one."""
-  if not metrics.exists(): return 0.0
-  content = metrics.read_bytes()
-  whole = content[:content.rfind(b"\n") + 1]
-  if whole != content: os.truncate(metrics, len(whole))
-  return json.loads(whole.splitlines()[-1])["seconds"] if whole else 0.0
+def _mend(metrics: Path, step: int, evaluated: int) -> list[dict]:
+  """Cut off a line that a crash left unfinished, and what came after `step` steps and `evaluated` evaluated epochs; returns the lines that stay."""
+  if not metrics.exists(): return []
+  content, kept = metrics.read_bytes(), []
+  for text in content.splitlines(keepends=True):
+    try: line = json.loads(text) if text.endswith(b"\n") else {}
+    except ValueError: line = {}
+    if not {"step", "epoch", "seconds"} <= line.keys() or line["step"] > step: continue
+    if line["epoch"] > evaluated and any(key.startswith("eval/") for key in line): continue
+    kept.append((text, line))
+  if (whole := b"".join(text for text, _ in kept)) != content:
+    with whole_file(metrics) as f: f.write(whole)
+  return [line for _, line in kept]
 
 
 def _tear_down(wandb: Any) -> None:
@@ -218,4 +259,6 @@ def _plain(value: Any) -> Any:
 def _reason(e: Exception) -> str: return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
 
-def _warn(message: str) -> None: print(f"warning: {message}", file=sys.stderr)
+def warn(message: str) -> None:
+  """One line about something that the run survives."""
+  print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -39,7 +39,12 @@ class TrainerConfig:
   out: str = option("runs", "folder of all runs", group="run")
   run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")
   save_half: bool = option(False, "write best.safetensors in half precision", group="run")
-  resume: str | None = option(None, "go on with the run in this folder", group="run")
+  resume: str | None = option(None, "go on with the run in this folder; auto: with the run of this name, if there is one", group="run")
+  keep: int = option(2, "checkpoints to keep, beside the best weights", minimum=1, group="run")
+  save_steps: int = option(0, "steps between checkpoints; 0: as minutes and evaluations say", minimum=0, group="run")
+  save_minutes: float = option(10.0, "minutes between checkpoints; 0: as steps and evaluations say", minimum=0, group="run")
+  max_skipped: int = option(20, "updates in a row that may be skipped because loss or gradient is not finite", minimum=1, group="run")
+  debug_numerics: bool = option(False, "when the run ends over them, name the first layer whose output is not finite", group="run")
   log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
   wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
                              choices=("online", "offline", "disabled"), group="run")
@@ -52,4 +57,5 @@ def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_e
   rate = optim.schedule(config.schedule, config.lr, steps * config.epochs, warmup_steps=round(config.warmup * steps),
                         milestones=[m * steps for m in config.milestones])
   return optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
-                         norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema)
+                         norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema, accumulate=config.accumulate,
+                         loss_scale=2.0 ** 14 if config.dtype == "half" else None)

@@ -9,34 +9,16 @@ from extra.errors import UserError
 from extra.models import resnet, retinanet
 from extra.nn.init import assign
 from extra.training import checkpoint, pretrained, torch_file
-from extra.training.optim import Optimizer
 
 SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
 WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # where a training checkpoint keeps its weights; averages come first
 EPS = 1e-5   # what a norm layer adds to its variance
 
 
-def save_run(path: Path, model: Any, optimizer: Optimizer, metadata: dict) -> None:
-  """Write weights (`model.`), optimiser state (`optimizer.`) and `metadata` to `path`: all that `load_run` needs to go on."""
-  tensors = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
-  checkpoint.save(path, {k: t.numpy() for k, t in tensors.items()}, metadata)
-
-
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict, half: bool = False) -> None:
   """Write weights alone, under torchvision's keys; in half precision where `half` and the tensor is float32."""
   arrays = {k: t.numpy() for k, t in tensors.items()}
   checkpoint.save(path, {k: a.astype(np.float16) if half and a.dtype == np.float32 else a for k, a in arrays.items()}, metadata)
-
-
-def load_run(path: Path, model: Any, optimizer: Optimizer) -> dict:
-  """Put what `save_run` wrote back, and return its metadata; UserError where file and network differ."""
-  tensors, metadata = checkpoint.load(path)
-  wanted = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
-  if odd := sorted(wanted.keys() ^ tensors.keys()): raise UserError(f"{path}: is of another network or optimiser ({len(odd)} keys differ)")
-  for key, tensor in wanted.items():
-    if tensors[key].shape != tensor.shape: raise UserError(f"{path}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
-  for key, tensor in wanted.items(): assign(tensor, tensors[key])
-  return metadata
 
 
 def find(name: str, architecture: str) -> tuple[Path, dict]:
@@ -69,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
   if path.suffix == ".safetensors" or (start[5:8] == b"\0\0\0" and start[8:] == b"{"): tree, metadata = checkpoint.load(path)
   else: tree, metadata = torch_file.load(path), {}
   notes: list[str] = []
-  if isinstance(tree, Mapping) and any(k.startswith("optimizer.") for k in tree if isinstance(k, str)):   # what save_run wrote
+  if isinstance(tree, Mapping) and any(k.startswith("optimizer.") for k in tree if isinstance(k, str)):   # a checkpoint of a run
     average = {k.removeprefix("optimizer.ema."): v for k, v in tree.items() if k.startswith("optimizer.ema.")}
     tree = {k.removeprefix("model."): v for k, v in tree.items() if k.startswith("model.")} | average
   for _ in WRAPPERS:

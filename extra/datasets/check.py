@@ -1,0 +1,103 @@
+"""What a training run would say of a data set, without a run: `python -m extra.datasets.check FOLDER`."""
+import argparse, os, signal, sys, warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+import numpy as np
+from extra.datasets import SPLIT_NAMES, open_dataset
+from extra.datasets.problems import shown
+from extra.datasets.shapes import Shapes
+from extra.errors import UserError, exit_on_user_error
+
+COUNTS = (0, 1, 2, 6, 11, 21, 51, 101)                       # boxes an image: the beginnings of the table's columns
+AREAS = {"small": 0, "medium": 32 ** 2, "large": 96 ** 2}    # square pixels, as in COCO's metrics
+BAR = 40
+
+
+def check(spec: str, splits: list[str], strict: bool, fast: bool) -> None:
+  """Print what a run would say, and what is in the splits, as tables; UserError with every error of all of them.
+
+  Unless `fast`, every picture is decoded: a run finds those that are cut short only when their turn comes.
+  """
+  errors, datasets = [], {}
+  for split in splits:
+    try: datasets[split] = open_dataset(spec, split, strict=strict)
+    except UserError as e: errors.append(str(e))
+  for line in dict.fromkeys(line for dataset in datasets.values() for line in dataset.warnings): print(f"note: {line}")
+  if len({tuple(dataset.class_names) for dataset in datasets.values()}) > 1:
+    errors.append(f"{spec}: training and validation data name different classes")
+  for split, dataset in datasets.items(): print(f"\n{shown(spec)}, {split}\n{describe(dataset)}", end="")
+  for dataset in datasets.values():
+    if not fast and not isinstance(dataset, Shapes): errors += decode(dataset)
+  if errors: raise UserError("\nerror: ".join(dict.fromkeys(errors)))
+  print("\nA run would accept it" + ("." if not fast else " as far as the headers of the pictures tell."))
+
+
+def describe(dataset: Any) -> str:
+  """Pictures, their sizes, boxes an image, boxes by area, and classes, as a text of several lines."""
+  truth = dataset.ground_truth()
+  sizes = np.array([(image["width"], image["height"]) for image in truth["images"]])
+  objects = [a for a in truth["annotations"] if not a["iscrowd"]]
+  position = {image["id"]: i for i, image in enumerate(truth["images"])}
+  owners = np.array([position[a["image_id"]] for a in objects], np.int64)
+  label_of = {category: label for label, category in enumerate(dataset.category_ids)}
+  labels = np.array([label_of[a["category_id"]] for a in objects], np.int64)
+  areas = np.array([a["area"] for a in objects], np.float64)
+
+  smallest, median, largest = sizes.min(0), np.median(sizes, axis=0).astype(int), sizes.max(0)
+  common = Counter(map(tuple, sizes.tolist())).most_common(3)
+  lines = [f"{len(sizes):,} pictures, {len(objects):,} boxes, {len(truth['annotations']) - len(objects):,} crowd regions or difficult objects",
+           f"width {smallest[0]} to {largest[0]}, median {median[0]}; height {smallest[1]} to {largest[1]}, median {median[1]}; most common "
+           + ", ".join(f"{width}x{height} ({count:,})" for (width, height), count in common)]
+  per_image = np.bincount(owners, minlength=len(sizes))
+  names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(COUNTS)] + [f"{COUNTS[-1]}+"]
+  lines += _table("boxes an image", names, np.histogram(per_image, [*COUNTS, np.inf])[0].tolist(), "pictures")
+  lines += _table("area of a box", list(AREAS), np.histogram(areas, [*AREAS.values(), np.inf])[0].tolist(), "boxes")
+  pairs = np.unique(np.stack([labels, owners]), axis=1)[0]
+  lines += _table("class", [f"{shown(name, 40)} (id {id})" for name, id in zip(dataset.class_names, dataset.category_ids)],
+                  np.bincount(labels, minlength=len(dataset.class_names)).tolist(), "boxes",
+                  np.bincount(pairs, minlength=len(dataset.class_names)).tolist())
+  return "\n".join(lines) + "\n"
+
+
+def decode(dataset: Any) -> list[str]:
+  """Read every sample of the data set; what a run would stop with, first ten by name."""
+  def read(index: int) -> str | None:
+    try: dataset[index]
+    except UserError as e: return str(e)
+    return None
+  failures = []
+  with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    warnings.simplefilter("ignore")
+    for done, failure in enumerate(pool.map(read, range(len(dataset))), 1):
+      if failure: failures.append(failure)
+      if sys.stderr.isatty() and (done % 50 == 0 or done == len(dataset)):
+        print(f"\rdecoded {done:,} of {len(dataset):,} pictures", end="\n" * (done == len(dataset)), file=sys.stderr, flush=True)
+  if not failures: return []
+  return ["\n  ".join([f"{dataset.name}: pictures that cannot be read to their end ({len(failures):,})", *failures[:10]])]
+
+
+def _table(title: str, names: list[str], counts: list[int], unit: str, images: list[int] | None = None) -> list[str]:
+  width, most = max(map(len, [title, *names])), max([1, *counts])
+  head = f"{title:{width}}  {unit:>9}" + ("" if images is None else f"  {'pictures':>9}")
+  rows = [f"{name:{width}}  {count:9,}" + ("" if images is None else f"  {images[i]:9,}") + f"  {'#' * -(-BAR * count // most)}".rstrip()
+          for i, (name, count) in enumerate(zip(names, counts))]
+  return ["", head, *rows]
+
+
+def main(argv: list[str]) -> None:
+  """The program; see the module."""
+  parser = argparse.ArgumentParser("python -m extra.datasets.check", description="What a training run would say of a data set, and what is in it.")
+  parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2")
+  parser.add_argument("--split", choices=(*SPLIT_NAMES, "both"), default="both")
+  parser.add_argument("--strict", action="store_true", help="make every oddity an error")
+  parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")
+  args = parser.parse_args(argv)
+  for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")   # names that a terminal's encoding lacks
+  check(args.path, list(SPLIT_NAMES) if args.split == "both" else [args.split], args.strict, args.fast)
+
+
+if __name__ == "__main__":
+  if hasattr(signal, "SIGPIPE"): signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` ends it without a word
+  with exit_on_user_error(): main(sys.argv[1:])

@@ -1,0 +1,114 @@
+"""Checkpoints of a running loop: when they are due, written beside the training, and found again."""
+import contextlib, re, threading, time
+from pathlib import Path
+from typing import Any, TextIO
+import numpy as np
+from tinygrad.nn.state import get_state_dict
+from extra.errors import UserError
+from extra.nn.init import assign
+from extra.training import checkpoint
+from extra.training.optim import Optimizer
+from extra.training.tracking import claim, warn
+from extra.training.weights import save_weights
+
+
+class Checkpoints:
+  """The checkpoints of one run, `folder`/checkpoint-<step>.safetensors: weights as `model.`, optimiser state as `optimizer.`, metadata `about` and
+  what `save` is given.
+
+  They are due every `every_steps` steps and every `every_minutes` minutes, 0 meaning never; the last `keep` stay. A checkpoint is copied off the
+  device at once and written by a thread; one that cannot be written is reported, and the run goes on."""
+  def __init__(self, folder: Path, model: Any, optimizer: Optimizer, about: dict, *, keep: int = 2, every_steps: int = 0, every_minutes: float = 0):
+    self.folder, self.about, self.keep, self.every_steps, self.every_minutes = folder, about, keep, every_steps, every_minutes
+    self.tensors = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
+    self.saved: tuple[int, int] | None = None   # steps and evaluations in the last one
+    self._time, self._thread, self._failure = time.monotonic(), None, None
+
+  def due(self, step: int) -> bool:
+    """Whether a checkpoint should follow `step`."""
+    return bool((self.every_steps and step % self.every_steps == 0) or
+                (self.every_minutes and time.monotonic() - self._time >= 60 * self.every_minutes))
+
+  def save(self, step: int, progress: dict) -> None:
+    """Take the state after `step` steps with `progress` (JSON values), unless the last one has it already."""
+    if self.saved == (step, progress["evaluated"]): return
+    self.wait()
+    # copied, since a device whose memory is the host's may lend it
+    arrays = {key: np.array(t.numpy()) for key, t in self.tensors.items()}
+    self.saved, self._time = (step, progress["evaluated"]), time.monotonic()
+    self._thread = threading.Thread(target=self._write, args=(step, arrays, self.about | progress | {"step": step}), name="checkpoint")
+    self._thread.start()
+
+  def keep_best(self, metadata: dict, half: bool = False) -> None:
+    """Write the weights as they are now to `folder`/best.safetensors, in half precision if asked; reported where it fails, and the run goes on."""
+    tensors = {key.removeprefix("model."): t for key, t in self.tensors.items() if key.startswith("model.")}
+    try: save_weights(self.folder / "best.safetensors", tensors, self.about | metadata, half)
+    except UserError as e: warn(f"{e}: the run goes on, and tries again after the next evaluation that is the best")
+
+  def wait(self) -> None:
+    """Return when nothing is being written."""
+    if self._thread is not None: self._thread.join()
+    self._thread = None
+
+  def finish(self) -> None:
+    """Wait; UserError where the last checkpoint could not be written."""
+    self.wait()
+    if self._failure is not None: raise UserError(f"the last checkpoint is missing: {self._failure}")
+
+  def _write(self, step: int, arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    try:
+      checkpoint.save(self.folder / f"checkpoint-{step}.safetensors", arrays, metadata)
+      checkpoint.prune(self.folder, self.keep)
+      self._failure = None
+    except (UserError, OSError) as e:
+      self._failure = e
+      warn(f"{e}: the run goes on, the checkpoint before stays")
+
+
+def run_name(name: str | None, data: str, backbone: str) -> str:
+  """`--run-name`, or else the data's and the backbone's names as far as a folder's name can have them."""
+  return name or re.sub(r"[^A-Za-z0-9._-]+|^[._-]+", "-", f"{Path(data).resolve().name}-{backbone}").strip("-")
+
+
+def find_run(resume: str | None, out: str, name: str) -> Path | None:
+  """The folder of the run that `--resume` means: its own value, or for "auto" the run `name` in `out`; None where there is none to go on with."""
+  if resume is None: return None
+  folder = Path(out)/name if resume == "auto" else Path(resume)
+  if resume == "auto": return folder if folder.is_dir() else None
+  if not folder.is_dir(): raise UserError(f"--resume {resume}: is no folder; give the folder of a run, or auto")
+  return folder
+
+
+def open_run(resume: str | None, out: str, name: str) -> tuple[Path, TextIO | None, dict[str, np.ndarray], dict | None]:
+  """Where a run lies and what it goes on from: its folder, a lock on it, tensors and metadata of its newest whole checkpoint.
+
+  Without `--resume` it is a new run: nothing is touched, no lock, no tensors, metadata None. A run that "auto" found without a checkpoint begins
+  again in its folder, with metadata {}. UserError where another process has the folder, or nothing is there to resume."""
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name): raise UserError(f"run name {name!r}: use letters, digits, '.', '_' and '-'")
+  if (folder := find_run(resume, out, name)) is None: return Path(out)/name, None, {}, None
+  lock, newest = claim(folder), load_newest(folder)
+  if newest is None and resume != "auto": raise UserError(f"--resume {resume}: no whole checkpoint-*.safetensors is there")
+  return folder, lock, *(newest or ({}, {}))
+
+
+def load_newest(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
+  """Tensors and metadata of the newest whole checkpoint of the run in `folder`; None where there is none. Broken ones, and what a killed process left
+  half-written, are removed; the former are reported in a line each."""
+  for partial in folder.glob(".*.partial"):
+    with contextlib.suppress(OSError): partial.unlink()
+  for path in reversed(checkpoint.checkpoints(folder)):
+    try: return checkpoint.load(path)
+    except UserError as e:
+      warn(f"{e}; the checkpoint before it is used")
+      with contextlib.suppress(OSError): path.unlink()
+  return None
+
+
+def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], name: str) -> None:
+  """Put the tensors of a checkpoint back into `model` and `optimizer`; UserError, naming the run as `name`, where they are of another network."""
+  wanted = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
+  if odd := sorted(wanted.keys() ^ tensors.keys()):
+    raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
+  for key, tensor in wanted.items():
+    if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
+  for key, tensor in wanted.items(): assign(tensor, tensors[key])

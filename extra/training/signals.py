@@ -1,0 +1,38 @@
+"""What the outside asks of a running loop: to end, or to write a checkpoint. It is done between two steps, where the state is whole."""
+import os, signal, sys
+from types import FrameType
+
+
+class Stopped(SystemExit):
+  """A run that a signal ended; the process exits with 128 and the signal's number, as shells count."""
+  def __init__(self, number: int):
+    super().__init__(128 + number)
+    self.number = number
+
+
+class Signals:
+  """Inside the block SIGTERM and SIGINT set `stop` to their number, and a second one ends the process at once; SIGUSR1, Slurm's warning, sets `save`.
+  Main thread only."""
+  def __init__(self):
+    self.stop: int | None = None
+    self.save = False
+
+  def raise_if_stopped(self) -> None:
+    """Raise `Stopped` where a signal asked for it: between the batches of an evaluation, say."""
+    if self.stop is not None: raise Stopped(self.stop)
+
+  def __enter__(self) -> "Signals":
+    handlers = {"SIGTERM": self._stop, "SIGINT": self._stop, "SIGUSR1": self._save}
+    self._before = {number: signal.signal(number, handler) for name, handler in handlers.items() if (number := getattr(signal, name, None))}
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for number, handler in self._before.items(): signal.signal(number, handler)
+
+  def _stop(self, number: int, _: FrameType | None) -> None:
+    if self.stop is not None: os._exit(128 + number)
+    self.stop = number
+    # no print: its lock may be held by what was interrupted
+    os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: ends after this step with a checkpoint; once more ends it at once\n".encode())
+
+  def _save(self, _number: int, _frame: FrameType | None) -> None: self.save = True
