@@ -14,7 +14,8 @@ setup(
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
   install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
-  extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+  extras_require={"video": ["av>=15.1"],
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1"],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )

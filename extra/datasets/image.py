@@ -26,11 +26,11 @@ def read_image(path: str | Path, size: tuple[int, int] | None, field: str) -> np
   Raises UserError when the file is no readable image, has more than MAX_PIXELS or another size.
   """
   try:
-    with _opened(path) as picture:
+    with opened(path) as picture:
       stored = (picture.height, picture.width)
       picture.load()
       if size is not None and size != stored: picture = ImageOps.exif_transpose(picture)
-      image = _rgb(picture)
+      image = to_rgb(picture)
   except Exception as e:  # decoders raise almost anything on broken files
     raise UserError(f"{path}: cannot be read as an image ({_why(e)}); replace the file or remove it from the annotations") from e
   if size is not None and image.shape[:2] != size:
@@ -50,7 +50,7 @@ def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], 
   for i in chosen:
     name, size = shown(names[i]), tuple(sizes[i])
     try:
-      with _opened(os.path.join(folder, names[i])) as picture: found, oddities = _size_and_oddities(picture, size)
+      with opened(os.path.join(folder, names[i])) as picture: found, oddities = _size_and_oddities(picture, size)
     except Exception as e: problems.error("pictures that cannot be read", [f"{name} ({_why(e)})"])
     else:
       if found != size: problems.error("pictures of another size than annotated", [f"{name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}"])
@@ -80,8 +80,8 @@ def find_files(folder: str | Path, names: Sequence[str]) -> tuple[list[str | Non
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-  """The picture in a regular file, not decoded, of a known kind and a bearable size."""
+def opened(path: str | Path) -> Iterator[Image.Image]:
+  """The picture in a regular file, not decoded, of a known kind and a bearable size; ValueError, OSError or what the decoder raises otherwise."""
   about = os.stat(path)
   if not stat.S_ISREG(about.st_mode): raise ValueError("not a regular file")   # opening a pipe would wait for ever
   if not about.st_size: raise ValueError("zero bytes")
@@ -125,7 +125,8 @@ def _why(error: Exception) -> str:
   return reason(error)
 
 
-def _rgb(picture: Image.Image) -> np.ndarray:
+def to_rgb(picture: Image.Image) -> np.ndarray:
+  """u8 [H,W,3]: 16 bits scaled to 8, transparency laid on white. ValueError for pixels whose range is unknown."""
   if picture.mode in SIXTEEN_BIT:
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535: raise ValueError("pixels of 32 bits have no agreed range, convert them to 8 or 16 bits")

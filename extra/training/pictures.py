@@ -18,31 +18,57 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores:
   """Draw boxes f32 [M,4] (xyxy, pixels of image) with class name and score onto a copy of image u8 [H,W,3].
 
   A picture whose longer side is under at_least pixels is enlarged by a whole factor first, so that the text can be read; lines and font grow with the
-  picture. Boxes are clipped to it; one without area inside it, or not finite, is left out. Higher scores are drawn over lower ones.
+  picture. Boxes are clipped to it; one without area inside it, or not finite, is left out. Higher scores are drawn over lower ones, and labels over
+  boxes, each where it covers no better one if it can; a name wider than the picture is shortened.
   """
   height, width = image.shape[:2]
   factor = max(1, math.ceil(at_least / max(height, width)))
   canvas = Image.fromarray(np.ascontiguousarray(image)).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
   draw, side = ImageDraw.Draw(canvas), max(canvas.size)
-  line, font = max(2, round(side / 320)), ImageFont.load_default(size=max(12, round(side / 42)))
+  line, rim, font = max(2, round(side / 320)), max(1, side // 1280), ImageFont.load_default(size=max(12, round(side / 42)))
+  margin = 2 + rim   # around a label's text
   boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * factor
   labels = np.asarray(labels).reshape(-1)
-  order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+  order = np.arange(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+  clipped = np.clip(boxes, 0, [canvas.width, canvas.height] * 2)
+  order = order[np.isfinite(boxes[order]).all(1) & (clipped[order, 2:] > clipped[order, :2]).all(1)]
   for i in order:
-    if not np.isfinite(boxes[i]).all(): continue
-    x1, y1, x2, y2 = np.clip(boxes[i], 0, [canvas.width, canvas.height] * 2)
-    if x2 <= x1 or y2 <= y1: continue
-    label, edges = int(labels[i]), [x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)]
-    draw.rectangle(edges, outline=DARK, width=line + 2)
-    draw.rectangle([x1 + 1, y1 + 1, max(x1 + 1, edges[2] - 1), max(y1 + 1, edges[3] - 1)], outline=class_color(label), width=line)
-    name = class_names[label] if 0 <= label < len(class_names) else str(label)
-    text = name if scores is None else f"{name} {scores[i]:.2f}"
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    wide, high = right - left + 6, bottom - top + 6
-    x, y = min(x1, max(0, canvas.width - wide)), y1 - high if y1 >= high else y1
-    draw.rectangle([x, y, x + wide, y + high], fill=class_color(label), outline=DARK)
-    draw.text((x + 3 - left, y + 3 - top), text, font=font, fill=DARK if np.dot(class_color(label), (0.3, 0.59, 0.11)) > 110 else BRIGHT)
+    x1, y1, x2, y2 = clipped[i]
+    edges = [x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)]
+    draw.rectangle(edges, outline=DARK, width=line + 2 * rim)
+    inner = [x1 + rim, y1 + rim, max(x1 + rim, edges[2] - rim), max(y1 + rim, edges[3] - rim)]
+    draw.rectangle(inner, outline=class_color(labels[i]), width=line)
+
+  placed, texts = np.zeros((0, 4)), []
+  for i in order[::-1]:
+    name = class_names[labels[i]] if 0 <= labels[i] < len(class_names) else str(labels[i])
+    text = _fitting(name, "" if scores is None else f" {scores[i]:.2f}", font, canvas.width - 2 * margin)
+    left, top, right, bottom = font.getbbox(text)
+    (x1, y1, x2, y2), wide, high = clipped[i], right - left + 2 * margin, bottom - top + 2 * margin
+    # above the box, below it, then inside at its corners
+    places = np.array([(x, y) for y in (y1 - high, y2, y1, y2 - high) for x in (x1, x2 - wide)])
+    inside = np.clip(places, 0, np.maximum(0, [canvas.width - wide - 1, canvas.height - high - 1]))
+    areas = np.concatenate([inside, inside + (wide, high)], 1)
+    free = (inside[:, 1] == places[:, 1]) & ~_overlap(areas, placed)
+    x, y = inside[free.argmax()] if free.any() else inside[0] if y1 >= high else inside[4]
+    placed = np.concatenate([placed, [[x, y, x + wide, y + high]]])
+    texts.append((x, y, wide, high, left, top, text, class_color(labels[i])))
+  for x, y, wide, high, left, top, text, color in reversed(texts):
+    draw.rectangle([x, y, x + wide, y + high], fill=color, outline=DARK, width=rim)
+    draw.text((x + margin - left, y + margin - top), text, font=font, fill=DARK if np.dot(color, (0.3, 0.59, 0.11)) > 110 else BRIGHT)
   return np.asarray(canvas)
+
+
+def _fitting(name: str, score: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+  """`name` and `score`, the name cut to what `width` pixels hold."""
+  length = next((n for n in range(len(name), 0, -1) if font.getlength((name[:n] + "…" * (n < len(name))) + score) <= width), 0)
+  return (name if length == len(name) else name[:length] + "…") + score
+
+
+def _overlap(areas: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """Which of areas [N,4] xyxy share pixels with any of others [M,4]."""
+  apart = (areas[:, None, 2:] <= others[None, :, :2]) | (others[None, :, 2:] <= areas[:, None, :2])
+  return ~apart.any(-1).all(1)
 
 
 def truth_and_prediction(image: np.ndarray, truth_boxes: np.ndarray, truth_labels: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
