@@ -9,13 +9,14 @@ setup(
   long_description_content_type="text/markdown",
   license="MIT",
   packages=find_packages(include=["extra", "extra.*"]),
-  package_data={"extra.models": ["*.safetensors"]},
+  package_data={"extra.models": ["*.safetensors"], "extra.training": ["*.jinja"]},
   python_requires=">=3.11",
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
   install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
+                    "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
   extras_require={"video": ["av>=15.1"],
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1"],
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", "playwright>=1.50"],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )

@@ -19,6 +19,7 @@ from extra.datasets.transforms import center_crop_resize, compose, horizontal_fl
 from extra.models import resnet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
+from extra.training import report
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
@@ -140,6 +141,7 @@ def main(config: Config) -> None:
         f"{len(val_set)} validation pictures at {config.size}x{config.size} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
+  report.save_environment(tracker.folder, config.sources)
   print(f"run: {tracker.folder}   (the first step compiles: half a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -183,6 +185,7 @@ def main(config: Config) -> None:
     if log: tracker.log({f"eval/{key}": value for key, value in scores.items()} | {"eval/seconds": time.monotonic() - begun}, done, epoch)
     print(f"epoch {epoch}: top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
           f"({duration(time.monotonic() - begun)})", flush=True)
+    if why := report.update(tracker.folder): print(f"note: {why}")
     return config.stop_at_target and config.target is not None and about["best_top1"] >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop
@@ -207,6 +210,7 @@ def main(config: Config) -> None:
     train_loader.close()
     val_loader.close()
     tracker.finish()
+    print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

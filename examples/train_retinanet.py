@@ -16,6 +16,7 @@ from extra.datasets import open_dataset
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, for_network, horizontal_flip, photometric_jitter, scale_jitter
+from extra.detection.analysis import analyse
 from extra.detection.anchors import anchors, level_sizes
 from extra.detection.coco_metric import CocoMetric
 from extra.detection.evaluation import evaluate
@@ -24,6 +25,7 @@ from extra.detection.matcher import match
 from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
+from extra.training import report
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
@@ -146,6 +148,7 @@ def main(config: Config) -> None:
         f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
+  report.save_environment(tracker.folder, config.sources)
   print(f"run: {tracker.folder}   (the first step compiles: about a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -180,6 +183,8 @@ def main(config: Config) -> None:
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
     if log: tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
     print(f"epoch {epoch}: mAP {mAP:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
+    def record() -> None: report.save_evaluation(tracker.folder, analyse(metric, result), val_set, metric, step=done, epoch=epoch)
+    if why := report.update(tracker.folder, record): print(f"note: {why}")
     return config.stop_at_target and config.target is not None and about["best_mAP"] >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop
@@ -203,6 +208,7 @@ def main(config: Config) -> None:
     train_loader.close()
     val_loader.close()
     tracker.finish()
+    print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
 
 
 if __name__ == "__main__":
