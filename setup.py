@@ -16,7 +16,9 @@ setup(
                     "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
   extras_require={"video": ["av>=15.1"],
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", "playwright>=1.50"],
+                  # opens reports in the system's Chromium, where there is one (test/test_report.py)
+                  "browser": ["playwright>=1.50"],
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1"],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )

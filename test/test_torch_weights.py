@@ -1,5 +1,5 @@
 """The same networks in torchvision and here: weights cross over in every format, both ways, and the outputs agree."""
-import argparse, re, subprocess, sys
+import argparse, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from tinygrad import Tensor
@@ -8,6 +8,7 @@ from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.training import checkpoint, weights
 from extra.training.weights import fit, load_weights, open_weights
+from test_weights import old_layout
 from torch_peer import torch, torchvision
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.retinanet import RetinaNet
@@ -44,15 +45,6 @@ def outputs(model):
 
 
 def assert_close(value, expected, relative=1e-4): assert abs(value - expected).max() <= relative * abs(expected).max()
-
-
-def old_layout(tensors):
-  """A detector's tensors under the names of torchvision before its version 0.14."""
-  old = {}
-  for key, value in tensors.items():
-    key = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d)\.0\.", r"\1.", key)
-    old[re.sub(r"(_head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", key)] = value
-  return old
 
 
 @pytest.fixture(scope="module")
