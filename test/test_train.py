@@ -37,7 +37,8 @@ def state_after_first(first):
 
 def test_a_run_leaves_its_record(first, state_after_first):
   (_, folder), (files, lines) = first, state_after_first
-  assert {"config.json", "metrics.jsonl", "summary.json", "best.safetensors", "checkpoint-4.safetensors", "checkpoint-8.safetensors"} <= files
+  assert {"config.json", "metrics.jsonl", "summary.json", "report.html", "best.safetensors"} <= files
+  assert {"checkpoint-4.safetensors", "checkpoint-8.safetensors"} <= files
   assert not [name for name in files if name.endswith(".partial")]
   assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
   config = json.loads((folder / "config.json").read_text())
@@ -56,7 +57,7 @@ def test_a_run_leaves_its_record(first, state_after_first):
   assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
   assert json.loads((folder / "summary.json").read_text())["final/mAP"] == evaluation[-1]["eval/mAP"]
 
-  pictures = sorted(name for name in files if name.startswith("pictures/"))
+  pictures = sorted(name for name in files if name.startswith("pictures/val-"))
   assert len(pictures) == 4 and [p[-11:] for p in pictures] == ["0000004.jpg", "0000008.jpg"] * 2
   assert np.asarray(Image.open(folder / pictures[0])).std() > 0
 

@@ -60,7 +60,7 @@ def test_a_run_leaves_its_record(first):
   summary = json.loads((folder / "summary.json").read_text())
   assert summary["final/top1"] == evaluation[-1]["eval/top1"] and summary["best_top1"] == max(line["eval/top1"] for line in evaluation)
 
-  pictures = sorted(name for name in files if name.startswith("pictures/"))
+  pictures = sorted(name for name in files if name.startswith("pictures/val-"))
   assert len(pictures) == 4 and [p[-11:] for p in pictures] == ["0000004.jpg", "0000008.jpg"] * 2
   for words in ("resnet10_quarter: 0.31 M trainable parameters, 7 classes, 32 training and 1000 validation pictures at 32x32", "size=32 (--size)",
                 "epoch 1: top-1 ", "epoch 2: top-1 ", "best top-1 ", "target 0.9000: missed", f"weights: {folder / 'best.safetensors'}",
