@@ -75,7 +75,7 @@ SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "norm": "batch", "
 PRESETS = {
   # The small detector that ships with the code, fine-tuned to the six shapes of the second family: the default where --data is no folder.
   "demo": SHAPES | {"data": "shapes:2", "weights": "shapes", "trainable_layers": 3, "bs": 16, "train_images": 4000, "epochs": 4,
-                    "warmup": 0.2},
+                    "warmup": 0.2, "eval_every": 2},
   # How that detector was made: the first family, from random weights.
   "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 8, "log_every": 50},
   # The default where --data is a folder: the defaults above, meant for a few hundred to some thousand pictures.
