@@ -6,8 +6,8 @@ from PIL import Image
 from extra.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--data shapes:1 --weights none --norm batch --size 64 --train-images 32 --bs 8 --epochs 2 --eval-every 1 --workers 1 --ema 0.9 --log-every 2 "
-        "--pictures 2 --target 0.9 --wandb offline --run-name tiny").split()
+TINY = ("--data shapes:1 --weights none --norm batch --size 64 --train-images 32 --bs 8 --epochs 2 --eval-every 1 --workers 1 --ema 0.9 "
+        "--log-every 2 --pictures 2 --target 0.9 --wandb offline --run-name tiny").split()
 
 
 def trainer(folder, *flags, timeout=600):
