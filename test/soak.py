@@ -14,32 +14,34 @@ FLAGS = ("--data shapes:1 --weights none --size 64 --train-images 256 --bs 8 --e
          "--lr 1e-4 --schedule constant").split()
 
 
-def tree(root: int) -> dict[int, str]:
-  """The process and all its descendants: pid -> command."""
-  parents, names = {}, {}
+def tree(root: int) -> set[int]:
+  """The process and all its descendants."""
+  parents = {}
   for folder in Path("/proc").glob("[0-9]*"):
-    try: name, _, fields = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+    try: parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError: continue
-    parents[int(folder.name)], names[int(folder.name)] = int(fields.split()[1]), name
   found = {root}
   while more := {pid for pid, parent in parents.items() if parent in found} - found: found |= more
-  return {pid: names.get(pid, "") for pid in sorted(found)}
+  return found
 
 
-def measure(root: int) -> dict[str, float]:
-  """What the process holds alone and its descendants hold together; MB of memory, counts otherwise."""
+def measure(root: int, shared: set[str]) -> dict[str, float]:
+  """What the process holds alone and its descendants hold together; MB of memory, counts otherwise. Adds to `shared` their files in /dev/shm."""
+  now: set[str] = set()
   values = {"memory, MB": 0.0, "memory of its workers, MB": 0.0, "open files": 0, "open files of its workers": 0, "threads": 0, "processes": 0}
-  for pid, _ in tree(root).items():
+  for pid in tree(root):
     try:
       status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
       memory, files = int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
       values["threads"] += int(status["Threads"])
+      now |= {line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
     except (OSError, KeyError): continue
     own = pid == root
     values["memory, MB" if own else "memory of its workers, MB"] += memory
     values["open files" if own else "open files of its workers"] += files
     values["processes"] += 1
-  return values | {"files in /dev/shm": len(os.listdir("/dev/shm"))}
+  shared |= now
+  return values | {"files in /dev/shm": len(now)}
 
 
 def main() -> None:
@@ -49,16 +51,15 @@ def main() -> None:
   parser.add_argument("--every", type=float, default=60, help="seconds between two looks")
   options = parser.parse_args()
   folder = Path(tempfile.mkdtemp(prefix="soak-"))
-  shared = len(os.listdir("/dev/shm"))
   with open(folder / "soak.log", "w") as log:
     process = subprocess.Popen([sys.executable, str(ROOT / "examples" / "train_retinanet.py"), *FLAGS, "--run-name", "soak", "--out", str(folder)],
                                cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
-  begun, rows = time.monotonic(), []
+  begun, rows, shared = time.monotonic(), [], set()
   try:
     while (minutes := (time.monotonic() - begun) / 60) < options.minutes:
       time.sleep(options.every)
       if process.poll() is not None: sys.exit(f"the run ended with {process.returncode}: {folder / 'soak.log'}")
-      rows.append((minutes, measure(process.pid)))
+      rows.append((minutes, measure(process.pid, shared)))
       print(f"{rows[-1][0]:6.1f} min  " + "  ".join(f"{key} {value:.0f}" for key, value in rows[-1][1].items()), flush=True)
   finally: process.send_signal(signal.SIGTERM)
   code, tail = process.wait(timeout=120), rows[len(rows) // 10:]
@@ -70,9 +71,9 @@ def main() -> None:
     values = np.array([row[key] for _, row in tail])
     slopes[key] = np.polyfit(hours, values, 1)[0] if len(values) > 2 else 0.0
     print(f"| {key} | {values[0]:.0f} | {np.median(values):.0f} | {values[-1]:.0f} | {values.max():.0f} | {slopes[key]:+.1f} |")
-  left = len(os.listdir("/dev/shm")) - shared
-  print(f"\nfiles in /dev/shm afterwards: {left:+d}; logs in {folder}")
-  sys.exit(code != 143 or left > 0 or any(slopes[key] > options.growth for key in slopes if key.startswith("memory")))
+  left = [file for file in shared if os.path.exists(file)]
+  print(f"\nfiles in /dev/shm afterwards: {len(left)}; logs in {folder}")
+  sys.exit(code != 143 or bool(left) or any(slopes[key] > options.growth for key in slopes if key.startswith("memory")))
 
 
 if __name__ == "__main__": main()
