@@ -1,5 +1,5 @@
 """Importing any room of this package sets tinygrad up: its CPU device finds a clang, the system's or else the one that `pip install` brought."""
-import hashlib, importlib.util, os, secrets, shlex, shutil, subprocess, sys, sysconfig
+import hashlib, importlib.util, os, secrets, shlex, shutil, signal, subprocess, sys, sysconfig, threading
 from pathlib import Path
 
 
@@ -26,7 +26,8 @@ def find_clang() -> str | None:
 
 
 def require_device() -> str:
-  """Open tinygrad's default device and return its name; UserError with the mend where it cannot be opened or, for the CPU, cannot compile."""
+  """Open tinygrad's default device, with what compiles for it, and return its name; UserError with the mend where it cannot be opened or, for the
+  CPU, cannot compile."""
   from extra.errors import UserError
   from tinygrad import Device
   wanted, compiler = os.environ.get("DEV"), os.environ.get("CC") or "clang"
@@ -42,7 +43,19 @@ def require_device() -> str:
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise UserError(f"device {wanted or '(any)'} cannot be opened: {reason}; choose another with DEV, for example DEV=CPU") from e
   if name == "CPU" and not compiles: raise UserError(clangless)
+  _start_compilers()
   return name
+
+
+def _start_compilers() -> None:
+  """Start tinygrad's compiling processes so that they ignore SIGTERM, which a scheduler sends to all processes of a job.
+
+  One that died of it might hold the lock of their queue, and this process would wait for that lock at its exit, for ever."""
+  from tinygrad.engine.worker import get_worker_pool
+  if threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # which they inherit
+  try: get_worker_pool()
+  finally: signal.signal(signal.SIGTERM, before)
 
 
 # tinygrad replaces a process that compiles after 16 kernels, and each new one imports tinygrad first: a tenth of the time to a first step.

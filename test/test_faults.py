@@ -97,22 +97,32 @@ def gone(pids):
   return not any(Path(f"/proc/{p}").exists() for p in pids)
 
 
-def shared_memory():
-  """What lies in /dev/shm, but for the semaphores that Python's multiprocessing makes and unlinks all the time, here and in other processes."""
-  return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+def shared_memory(pids):
+  """The files in /dev/shm that these processes have mapped."""
+  return {line.split()[5] for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_signals(name, code, calm, data, tmp_path):
-  before = shared_memory()
   run = Run(tmp_path, data, "--save-steps", 100).reach(8)
   workers = run.children("loader")
-  assert workers
+  shared = shared_memory([run.process.pid, *workers])
+  assert workers and shared
   run.process.send_signal(getattr(signal, name))
   found, output = run.end()
   assert found == code and "Traceback" not in output and f"{name}: ends after this step with a checkpoint" in output
-  assert gone(workers) and shared_memory() <= before
+  assert gone(workers) and not any(map(os.path.exists, shared))
   assert run.saved()[-1] == run.lines()[-1]["step"] >= 8
+  resumed_equals(calm, tmp_path, data)
+
+
+def test_sigterm_to_all_of_a_job(calm, data, tmp_path):
+  run = Run(tmp_path, data, "--save-steps", 100).reach(8)
+  everyone = [run.process.pid, *run.children("")]
+  assert len(everyone) > 3, "loader and compilers"
+  for pid in everyone: os.kill(pid, signal.SIGTERM)
+  code, output = run.end()
+  assert code == 143 and "Traceback" not in output and gone(everyone)
   resumed_equals(calm, tmp_path, data)
 
 

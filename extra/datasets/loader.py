@@ -216,7 +216,7 @@ def _end_workers(processes: list[subprocess.Popen], connections: list[Connection
 
 def serve(connection_file: int, memory_file: int, slots: int, worker: int, parent: int) -> None:
   """The main function of worker number `worker`: fill rows of batch slots until the connection closes or the `parent` process is gone."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)   # sent to all of a job; the program ends its workers
   connection = Connection(connection_file)
   loader: Loader | None = None
   failure: Exception | None = None
