@@ -13,6 +13,7 @@ setup(
   python_requires=">=3.11",
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
   install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
+                    "requests>=2.32", "urllib3>=2",   # many small files at once; wandb brings them anyway, 2 tells when one broke off
                     "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
   extras_require={"video": ["av>=15.1"],

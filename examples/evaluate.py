@@ -13,6 +13,7 @@ from extra.training.config import option, parse, show_size, size
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
+from extra.datasets.download import local_folder
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import for_network
@@ -30,7 +31,9 @@ from extra.training.weights import open_detector
 
 @dataclass
 class Config:
-  data: str = option("shapes:1", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
+  data: str = option("shapes:1", "a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, whose split is "
+                     "downloaded on first use", group="data")
+  data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it to score", choices=("train", "val"), group="data")
   images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
@@ -91,7 +94,7 @@ def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
 
 def main(config: Config) -> None:
   started = time.monotonic()
-  dataset = open_dataset(config.data, config.split)
+  dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
   if config.images: dataset = Subset(dataset, config.images)
   for warning in dataset.warnings: print(f"note: {warning}")
   truth = dataset.ground_truth()

@@ -13,6 +13,7 @@ import numpy as np
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
+from extra.datasets.download import local_folder
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, for_network, horizontal_flip, photometric_jitter, scale_jitter
@@ -44,7 +45,10 @@ def embedded(data: str) -> bool: return data.partition(":")[0] == "shapes"
 
 @dataclass
 class Config(TrainerConfig):
-  data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2", group="data")
+  data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are "
+                     "downloaded on first use", group="data")
+  data_dir: str | None = option(None, "where the data sets that are downloaded lie, each in a folder of its name; by default the user's cache "
+                                "folder", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
                        show=show_size, group="data")
   max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0,
@@ -97,10 +101,10 @@ def main(config: Config) -> None:
   folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  splits, wrong = [], []
+  splits, wrong, data = [], [], local_folder(config.data, config.data_dir)
   for split, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
     options = {"size": max(config.size), "count": count} if embedded(config.data) else {"strict": config.strict}
-    try: splits.append(open_dataset(config.data, split, **options))
+    try: splits.append(open_dataset(data, split, **options))
     except UserError as e: wrong.append(str(e))
   if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))   # what is wrong with either, at once
   if config.train_images and not embedded(config.data): splits[0] = Subset(splits[0], config.train_images)

@@ -2,9 +2,10 @@ import hashlib, http.server, os, random, re, shutil, socket, subprocess, sys, te
 from dataclasses import replace
 from pathlib import Path
 import pytest
+from extra import download
+from extra.cache import cache_folder
+from extra.download import fetch
 from extra.errors import UserError
-from extra.training import download
-from extra.training.download import cache_folder, fetch
 from extra.training.pretrained import NAMES, PUBLISHED, about, fetch_published, published, unpack
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -293,7 +294,7 @@ def test_a_host_that_never_answers_is_given_up_soon(server, folder, monkeypatch)
 FETCH = """import sys
 from dataclasses import replace
 from pathlib import Path
-from extra.training.download import fetch
+from extra.download import fetch
 print(fetch(*sys.argv[1:3], Path(sys.argv[3])))"""
 
 

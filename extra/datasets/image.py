@@ -1,5 +1,5 @@
 """Pictures from files as RGB bytes, and what their headers tell before that."""
-import contextlib, os, stat, unicodedata, warnings
+import contextlib, io, os, stat, unicodedata, warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 import numpy as np
@@ -92,6 +92,13 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"{picture.width}x{picture.height}, more than {MAX_PIXELS // 10 ** 6} million pixels")
       if picture.mode not in MODES: raise ValueError(f"pixels of kind {picture.mode} have no agreed range, convert them to 8 or 16 bits")
       yield picture
+
+
+def jpeg_size(source: str | Path | bytes) -> tuple[int, int]:
+  """(height, width) of the stored pixels of a JPEG, a file or its content, as its header says; ValueError where it is none."""
+  try:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=("JPEG",)) as picture: return picture.height, picture.width
+  except Exception as e: raise ValueError(f"it is no JPEG ({_why(e)})") from e   # decoders raise almost anything on broken files
 
 
 def _size_and_oddities(picture: Image.Image, size: tuple[int, int]) -> tuple[tuple[int, int], list[str]]:

@@ -1,4 +1,6 @@
 """The first pictures of a data set, as a data set."""
+import re
+from pathlib import Path
 from typing import Any
 from extra.datasets.sample import Sample
 
@@ -22,3 +24,11 @@ class Subset:
     images = truth["images"][:self.count]
     kept = {image["id"] for image in images}
     return truth | {"images": images, "annotations": [a for a in truth["annotations"] if a["image_id"] in kept]}
+
+
+def subset_of(file: Path) -> int | None:
+  """How many pictures of the whole a downloaded annotation file is of, 0 for all of them; None where there is no such file."""
+  try:
+    with open(file, "rb") as f: head = f.read(64)
+  except FileNotFoundError: return None
+  return int(match[1]) if (match := re.match(rb'\{"info": \{"subset": (\d+)', head)) else 0

@@ -3,35 +3,11 @@ import contextlib, os, secrets, shutil, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from extra.cache import cache_folder
+from extra.class_names import COCO, MLPERF
+from extra.download import fetch
 from extra.errors import UserError
-from extra.training.download import cache_folder, fetch
 
-# COCO's category ids with torchvision's names for them; N/A are ids that COCO never used.
-COCO = """__background__, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, N/A, stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, N/A, backpack, umbrella, N/A, N/A, handbag, tie, suitcase,
-frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, N/A, wine glass, cup, fork,
-knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, N/A,
-dining table, N/A, N/A, toilet, N/A, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, N/A, book, clock,
-vase, scissors, teddy bear, hair drier, toothbrush"""
-# The 264 classes of Open Images that MLPerf uses, in label order: mlcommons/training, single_stage_detector/scripts/download_openimages_mlperf.sh.
-MLPERF = """Airplane, Antelope, Apple, Backpack, Balloon, Banana, Barrel, Baseball bat, Baseball glove, Bee, Beer, Bench, Bicycle, Bicycle helmet,
-Bicycle wheel, Billboard, Book, Bookcase, Boot, Bottle, Bowl, Bowling equipment, Box, Boy, Brassiere, Bread, Broccoli, Bronze sculpture, Bull, Bus,
-Bust, Butterfly, Cabinetry, Cake, Camel, Camera, Candle, Candy, Cannon, Canoe, Carrot, Cart, Castle, Cat, Cattle, Cello, Chair, Cheese,
-Chest of drawers, Chicken, Christmas tree, Coat, Cocktail, Coffee, Coffee cup, Coffee table, Coin, Common sunflower, Computer keyboard,
-Computer monitor, Convenience store, Cookie, Countertop, Cowboy hat, Crab, Crocodile, Cucumber, Cupboard, Curtain, Deer, Desk, Dinosaur, Dog, Doll,
-Dolphin, Door, Dragonfly, Drawer, Dress, Drum, Duck, Eagle, Earrings, Egg (Food), Elephant, Falcon, Fedora, Flag, Flowerpot, Football,
-Football helmet, Fork, Fountain, French fries, French horn, Frog, Giraffe, Girl, Glasses, Goat, Goggles, Goldfish, Gondola, Goose, Grape, Grapefruit,
-Guitar, Hamburger, Handbag, Harbor seal, Headphones, Helicopter, High heels, Hiking equipment, Horse, House, Houseplant, Human arm, Human beard,
-Human body, Human ear, Human eye, Human face, Human foot, Human hair, Human hand, Human head, Human leg, Human mouth, Human nose, Ice cream, Jacket,
-Jeans, Jellyfish, Juice, Kitchen & dining room table, Kite, Lamp, Lantern, Laptop, Lavender (Plant), Lemon, Light bulb, Lighthouse, Lily, Lion,
-Lipstick, Lizard, Man, Maple, Microphone, Mirror, Mixing bowl, Mobile phone, Monkey, Motorcycle, Muffin, Mug, Mule, Mushroom, Musical keyboard,
-Necklace, Nightstand, Office building, Orange, Owl, Oyster, Paddle, Palm tree, Parachute, Parrot, Pen, Penguin, Personal flotation device, Piano,
-Picture frame, Pig, Pillow, Pizza, Plate, Platter, Porch, Poster, Pumpkin, Rabbit, Rifle, Roller skates, Rose, Salad, Sandal, Saucer, Saxophone,
-Scarf, Sea lion, Sea turtle, Sheep, Shelf, Shirt, Shorts, Shrimp, Sink, Skateboard, Ski, Skull, Skyscraper, Snake, Sock, Sofa bed, Sparrow, Spider,
-Spoon, Sports uniform, Squirrel, Stairs, Stool, Strawberry, Street light, Studio couch, Suit, Sun hat, Sunglasses, Surfboard, Sushi, Swan,
-Swimming pool, Swimwear, Tank, Tap, Taxi, Tea, Teddy bear, Television, Tent, Tie, Tiger, Tin can, Tire, Toilet, Tomato, Tortoise, Tower,
-Traffic light, Train, Tripod, Truck, Trumpet, Umbrella, Van, Vase, Vehicle registration plate, Violin, Wall clock, Waste container, Watch, Whale,
-Wheel, Wheelchair, Whiteboard, Window, Wine, Wine glass, Woman, Zebra, Zucchini"""
 NAMES = ("imagenet", "imagenet_v2", "coco", "mlperf")
 MOST = 2 << 30   # bytes that an archive may unpack to
 
@@ -59,7 +35,7 @@ def _torchvision(name: str, architecture: str, file: str, score: float, digits: 
   return Published(name, architecture, f"https://download.pytorch.org/models/{file}", f"sha256:{digits or short}", score, **more)
 
 
-_COCO: dict[str, Any] = {"num_classes": 91, "class_names": tuple(COCO.replace("\n", " ").split(", ")), "size": (800, 800), "max_size": 1333}
+_COCO: dict[str, Any] = {"num_classes": 91, "class_names": COCO, "size": (800, 800), "max_size": 1333}
 # Whole SHA-256 are those which several public repositories state independently; for the other files only torchvision's eight digits are.
 PUBLISHED = (
   _torchvision("imagenet", "resnet18", "resnet18-f37072fd.pth", 69.758, "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
@@ -86,7 +62,7 @@ PUBLISHED = (
   # the MD5 is in mlcommons/cm4mlops, script/get-ml-model-retinanet/_cm.json, and in NVIDIA's submissions to MLPerf Inference; no SHA-256 is published
   Published("mlperf", "retinanet_resnext50_32x4d_fpn", "https://zenodo.org/record/6605272/files/retinanet_model_10.zip",
             "md5:2037c152a6be18e371ebec654314f7e0", 37.55, "https://github.com/mlcommons/inference/tree/master/vision/classification_and_detection",
-            264, tuple(MLPERF.replace("\n", " ").split(", ")), (800, 800), member="retinanet_model_10.pth"))
+            264, MLPERF, (800, 800), member="retinanet_model_10.pth"))
 
 
 def published(name: str, architecture: str) -> Published:

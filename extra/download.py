@@ -1,6 +1,6 @@
-"""Files from the net: resumed where they broke off, verified whenever they are used, whole or absent. The standard library only."""
-import contextlib, hashlib, os, re, shutil, ssl, sys, threading, time
-from collections.abc import Callable, Iterator
+"""Files from the net, one large or many small: resumed where they broke off, verified, whole or absent."""
+import base64, contextlib, hashlib, os, re, shutil, ssl, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path
@@ -15,18 +15,13 @@ except ImportError: fcntl = None   # Windows: two processes at one file are not 
 
 PATIENCE = 20.0   # seconds without a byte, all tries together, until a host counts as out of reach
 PAUSES = 0.5, 1.0, 2.0   # seconds before each further try
+LARGE = 10 ** 9   # bytes whose checksum takes seconds
 CHECKSUM = re.compile("sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}")
 
 
 class Unreachable(Exception):
   """Why no further bytes come; `final` where asking again would not help."""
   def __init__(self, reason: str, final: bool = False): super().__init__(reason); self.final = final
-
-
-def cache_folder(kind: str) -> Path:
-  """The user's own folder for files of this `kind`, such as "weights". It need not exist."""
-  cache = os.environ.get("XDG_CACHE_HOME") or Path.home()/("Library/Caches" if sys.platform == "darwin" else ".cache")
-  return Path(cache).absolute()/"tinydet"/kind
 
 
 def fetch(url: str, checksum: str, folder: Path) -> Path:
@@ -42,6 +37,7 @@ def fetch(url: str, checksum: str, folder: Path) -> Path:
   path, partial, tag = (folder/f"{name}{suffix}" for suffix in ("", ".partial", ".partial.tag"))
   source, missing = _on_mirror(mirror, name) if mirror else url, [p for p in (folder, *folder.parents) if not p.exists()]
   def found(file: Path) -> str:
+    if (size := file.stat().st_size) > LARGE: print(f"verifying {name} ({size_text(size)})", file=sys.stderr)
     with open(file, "rb") as f: return f"{algorithm}:{hashlib.file_digest(f, algorithm).hexdigest()}"
   try:
     if path.is_file():
@@ -63,13 +59,94 @@ def fetch(url: str, checksum: str, folder: Path) -> Path:
     return path
   except Unreachable as e:
     where, another = (f" from TINYDET_MIRROR={mirror}", "another") if mirror else ("", "a")
-    kept = f"; the {_size(partial.stat().st_size)} that came are kept, the next try goes on from there" if partial.exists() else ""
+    kept = f"; the {size_text(partial.stat().st_size)} that came are kept, the next try goes on from there" if partial.exists() else ""
     raise UserError(f"{name} cannot be downloaded{where} ({e}): fetch {url} elsewhere and put it into {folder}{os.sep}, or name {another} mirror in "
                     f"TINYDET_MIRROR{kept}") from e
   except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}; mend that, or fetch {url} elsewhere and put it there") from e
   finally:
     with contextlib.suppress(OSError):
       for p in missing: p.rmdir()   # a folder that holds something stays
+
+
+def fetch_many(name: str, base: str, files: Iterable[tuple[str, Path]], count: int, workers: int,
+               accept: Callable[[Path, bytes], None]) -> list[tuple[str, str]]:
+  """Download `count` small files, (name below `base`, path), by `workers` threads; returns (url, reason) of those that did not come.
+
+  Each is held against the length and the MD5 that its server states, if it does (Amazon's and Google's storage do), and given to `accept`, called in
+  the threads, whose ValueError says what is wrong with it; then it appears under its path, whole. A mirror in TINYDET_MIRROR takes the place of
+  `base`. UserError where too many in a row fail or the disk refuses: what came stays."""
+  import requests   # here, for it takes a tenth of a second
+  mirror, files, lock, stop = os.environ.get("TINYDET_MIRROR", ""), iter(files), threading.Lock(), threading.Event()
+  failures, fatal, done, in_a_row = [], [], 0, 0
+
+  def work() -> None:
+    nonlocal done, in_a_row
+    with requests.Session() as session:
+      session.headers.update({"User-Agent": "tinydet", "Accept-Encoding": "identity"})
+      while not stop.is_set():
+        with lock: file, path = next(files, ("", None))
+        if path is None: return
+        source, reason = _on_mirror(mirror, file) if mirror else base + file, ""
+        try:
+          accept(path, data := _get(session, source, stop))
+          write_whole(path, data)
+        except (Unreachable, ValueError) as e: reason = str(e)
+        with lock:
+          if reason: failures.append((source, reason))
+          done, in_a_row = done + 1, in_a_row + 1 if reason else 0
+          if in_a_row >= max(8, 2 * workers):
+            raise UserError(f"{name}: {in_a_row} files in a row cannot be downloaded, the last {source} ({reason}): run it again later, what came is "
+                            f"kept, or name a{'nother' * bool(mirror)} mirror in TINYDET_MIRROR")
+
+  def guarded() -> None:
+    try: work()
+    except BaseException as e:
+      fatal.append(e)
+      stop.set()
+
+  threads = [threading.Thread(target=guarded, daemon=True) for _ in range(min(workers, count))]
+  with progress(name, 0, count, lambda n: f"{n:,}", 1, "files/s") as show:
+    try:
+      for thread in threads: thread.start()
+      while any(thread.is_alive() for thread in threads):
+        time.sleep(0.05)
+        show(done)
+    finally:
+      stop.set()
+      ended = time.monotonic() + 2   # after Ctrl-C a thread may sit in a request for longer, and ends with the process
+      for thread in threads: thread.join(max(0.0, ended - time.monotonic()))
+  if fatal: raise fatal[0]
+  return sorted(failures)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+  """Write a file that appears whole or not at all; UserError where the disk refuses. A killed process may leave `.<name>.partial`."""
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    partial.write_bytes(data)
+    os.replace(partial, path)
+  except OSError as e:
+    partial.unlink(missing_ok=True)
+    raise UserError(f"cannot write {path}: {e.strerror or e}; mend that and run it again, what came is kept") from e
+
+
+@contextlib.contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+  """Let one process at a time, on this machine, work on `name` in `folder`, which is made, and removed again if nothing came into it."""
+  missing = [p for p in (folder, *folder.parents) if not p.exists()]
+  try:
+    with contextlib.ExitStack() as stack:
+      try: stack.enter_context(_locked(folder/f"{name}.lock", folder/f"{name}.lock.tag"))
+      except OSError as e: raise UserError(f"cannot write into {folder}: {e.strerror or e}; mend that, or choose another folder") from e
+      yield
+  finally:
+    with contextlib.suppress(OSError):
+      for p in missing: p.rmdir()
+
+
+def free_bytes(folder: Path) -> int:
+  """Bytes that are free where `folder` is or would be made."""
+  return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
 
 
 def _on_mirror(mirror: str, name: str) -> str:
@@ -134,15 +211,15 @@ def _attempt(source: str, f: BinaryIO, tag: Path, seconds: float) -> None:
       f.truncate(size := 0)
       if start: raise Unreachable("the file has changed on the server")
     if total is not None and (free := shutil.disk_usage(tag.parent).free) < total - size:
-      raise UserError(f"{source}: {_size(total - size)} do not fit into {tag.parent}, where {_size(free)} are free: make room there")
-    with _progress(unquote(source.rsplit("/", 1)[-1]), size, total) as show:
+      raise UserError(f"{source}: {size_text(total - size)} do not fit into {tag.parent}, where {size_text(free)} are free: make room there")
+    with progress(unquote(source.rsplit("/", 1)[-1]), size, total) as show:
       try:
         while chunk := _read(stream):
           if not size: tag.write_text(version)
           f.write(chunk)
           show(size := size + len(chunk))
       finally: f.flush()
-    if total is not None and size < total: raise Unreachable(f"the connection broke off after {_size(size)} of {_size(total)}")
+    if total is not None and size < total: raise Unreachable(f"the connection broke off after {size_text(size)} of {size_text(total)}")
 
 
 def _read(stream: Any) -> bytes:
@@ -189,12 +266,51 @@ def _network() -> Iterator[None]:
     raise Unreachable(" ".join(reason.split()), isinstance(cause, FileNotFoundError | NotADirectoryError | PermissionError)) from e
 
 
-def _size(count: int) -> str: return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
+def _get(session: Any, source: str, stop: threading.Event) -> bytes:
+  """The whole content of `source`, an http(s) url or a path, tried as often as `_download` does; Unreachable."""
+  import requests
+  for pause in (*PAUSES, None):
+    try:
+      if "://" not in source:
+        with _network(): return Path(source).read_bytes()
+      try: r = session.get(source, timeout=PATIENCE)
+      except (requests.RequestException, OSError) as e: raise Unreachable(_cause(e)) from e
+      if source.startswith("https:") and not r.url.startswith("https:"): raise Unreachable(f"sends to {r.url}, which is not https", True)
+      if r.status_code != 200: raise Unreachable(f"HTTP {r.status_code} {r.reason}", r.status_code < 500 and r.status_code not in (408, 429))
+      if (stated := _stated_md5(r.headers)) and hashlib.md5(r.content).hexdigest() != stated:
+        raise Unreachable(f"its MD5 is not {stated}, which the server states")
+      return r.content
+    except Unreachable as e:
+      if e.final or pause is None or stop.wait(pause): raise
+  raise AssertionError("the last try returns or raises")
+
+
+def _stated_md5(headers: Any) -> str | None:
+  """The MD5 of the content, in hexadecimal, where it is Google's or Amazon's storage that answers."""
+  if (google := re.search(r"md5=([A-Za-z0-9+/]{22}==)", headers.get("x-goog-hash", ""))): return base64.b64decode(google[1]).hex()
+  plain = headers.get("Server") == "AmazonS3" and headers.get("x-amz-server-side-encryption", "AES256") == "AES256"
+  return etag[1] if plain and (etag := re.fullmatch('"([0-9a-f]{32})"', headers.get("ETag", ""))) else None   # "...-3" is one of several parts
+
+
+def _cause(error: BaseException) -> str:
+  """What lies at the bottom of a failed request, in short."""
+  while (inner := getattr(error, "reason", None)) is not None and isinstance(inner, BaseException): error = inner
+  while (inner := error.__cause__ or error.__context__ or next((a for a in error.args if isinstance(a, BaseException)), None)) is not None:
+    error = inner
+  if isinstance(error, TimeoutError): return "no answer"
+  if type(error).__name__ == "IncompleteRead": return f"the connection broke off ({error})"
+  return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]
+
+
+def size_text(count: int) -> str:
+  """Bytes for a reader: "4 bytes", "2.3 MB", "19.3 GB"."""
+  return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
 
 
 @contextlib.contextmanager
-def _progress(name: str, start: int, total: int | None) -> Iterator[Callable[[int], None]]:
-  """A function to call with the bytes there are: one line on stderr that grows where that is a terminal, else a line for each tenth (or 100 MB)."""
+def progress(name: str, start: int, total: int | None, text: Callable[[int], str] = size_text, unit: float = 1e6,
+             rate: str = "MB/s") -> Iterator[Callable[[int], None]]:
+  """A function to call with how much there is: one line on stderr that grows where that is a terminal, else a line for each tenth (or 100 MB)."""
   terminal, begun, shown = sys.stderr.isatty(), time.monotonic(), None
   def show(done: int) -> None:
     nonlocal shown
@@ -202,8 +318,10 @@ def _progress(name: str, start: int, total: int | None) -> Iterator[Callable[[in
     # ten times a second on a terminal
     if (mark := (done == total, int(seconds * 10)) if terminal else done * 10 // (total or 10 ** 9)) == shown: return
     shown = mark
-    share = f" of {_size(total)} [{'#' * (20 * done // total):20}] {100 * done // total}%" if total else ""
-    print("\r" * terminal + f"{name}: {_size(done)}{share}, {(done - start) / seconds / 1e6:.1f} MB/s", end="\033[K" if terminal else "\n",
+    share = f" of {text(total)} [{'#' * (20 * done // total):20}] {100 * done // total}%" if total else ""
+    minutes = (total - done) * seconds / (done - start) / 60 if total and done > start else 0.0
+    left = f", {minutes:.0f} min left" if minutes >= 2 else ""
+    print("\r" * terminal + f"{name}: {text(done)}{share}, {(done - start) / seconds / unit:.1f} {rate}{left}", end="\033[K" if terminal else "\n",
           file=sys.stderr, flush=True)
   try: yield show
   finally:
