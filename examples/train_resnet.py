@@ -3,7 +3,7 @@
 With no arguments it learns the six shapes, and background, from pictures that it draws itself: a few minutes on a laptop's processor.
 With `--data FOLDER` it trains on yours, sorted as ImageNet is: train/<class>/*.jpg and val/<class>/*.jpg.
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
-import os, shlex, sys, time
+import contextlib, os, shlex, sys, time
 from dataclasses import dataclass
 from functools import partial
 from extra import require_device
@@ -19,7 +19,8 @@ from extra.datasets.transforms import center_crop_resize, compose, horizontal_fl
 from extra.models import resnet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
-from extra.training import report
+from extra.training import panels, report
+from extra.training.find_lr import find_lr
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
@@ -31,6 +32,9 @@ from extra.training.trainer import TrainerConfig, make_optimizer
 from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+PICTURES_IN_TABLE = 32   # validation pictures of the highest loss, in wandb's table of each evaluation
 
 
 def embedded(data: str) -> bool: return data.partition(":")[0] == "crops"
@@ -92,6 +96,7 @@ def main(config: Config) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
   resize = config.resize or round(config.size / 0.875)
+  if config.find_lr and config.resume: raise UserError("--find-lr: sweeps from the weights that --weights names; leave out --resume")
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
   folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
   if resize < config.size: raise UserError(f"--resize {resize}: is less than --size {config.size}, which is cut out of it")
@@ -130,8 +135,15 @@ def main(config: Config) -> None:
 
   step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
 
+  def to_device(batch) -> tuple[Tensor, ...]: return to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)
+
+  if config.find_lr:
+    with contextlib.closing(train_loader): find_lr(folder, config.find_lr, optimizer, step, train_loader, to_device, as_dict(config))
+    return
+
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  tracker = Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target, mode=config.wandb, resume=resumed, lock=lock)
+  tracker = Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target, mode=config.wandb, resume=resumed, lock=lock,
+                    tags=config.tags, group=config.group, artifacts=config.artifacts)
   about = {"model": name, "norm": config.norm, "num_classes": num_classes, "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [config.size, config.size], "resize": resize, "config": as_dict(config),
            "run_id": tracker.id, "best_top1": resumed["best_top1"] if resumed else -1.0}
@@ -142,6 +154,7 @@ def main(config: Config) -> None:
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
   report.save_environment(tracker.folder, config.sources)
+  if why := report.update(tracker.folder): print(f"note: {why}")
   print(f"run: {tracker.folder}   (the first step compiles: half a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -151,26 +164,37 @@ def main(config: Config) -> None:
 
   scores, signals = None, Signals()
 
-  def draw(batch, logits: np.ndarray, done: int, count: int) -> None:
-    """Draw the first `count` pictures of `batch`, each with its class and the likeliest one."""
-    chances = np.exp(logits - logits.max(1, keepdims=True))
-    chances /= chances.sum(1, keepdims=True)
-    for i in range(min(count, len(logits))):
+  def draw(batch, chances: np.ndarray, done: int, count: int) -> None:
+    """Draw the first `count` pictures of `batch`, each with its class and the likeliest one, given the chances [N,K] of all classes."""
+    for i in range(min(count, len(chances))):
       found = batch.boxes[i], chances[i].argmax(keepdims=True), chances[i].max(keepdims=True)
       tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i], batch.labels[i], *found, train_set.class_names, done)
 
-  def evaluate(done: int) -> dict[str, float]:
+  def evaluate(done: int, epoch: int) -> dict[str, float]:
     """Top-1, top-5 and loss over the validation pictures."""
-    losses, ranks, drawn = [], [], 0
+    losses, ranks, found, drawn = [], [], [], 0
     for batch in val_loader.epoch(0):
       signals.raise_if_stopped()
       real = np.count_nonzero(batch.image_ids >= 0)   # the last batch is filled up at its end
       logits = forward(to_devices(batch.images, gpus)).numpy()[:real]
-      draw(batch, logits, done, config.pictures - drawn)
+      chances = np.exp(logits - logits.max(1, keepdims=True))
+      chances /= chances.sum(1, keepdims=True)
+      draw(batch, chances, done, config.pictures - drawn)
       drawn += real
+      found.append(np.stack([batch.labels[:real, 0], chances.argmax(1), chances.max(1)], 1))
       for values, new in zip((losses, ranks), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
-    ranks = np.concatenate(ranks)
-    return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(np.concatenate(losses).mean())}
+    losses, ranks, found = map(np.concatenate, (losses, ranks, found))
+    tracker.show(lambda wandb: show_worst(wandb, losses, found), done, epoch)
+    return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(losses.mean())}
+
+  def show_worst(wandb, losses: np.ndarray, found: np.ndarray) -> dict:
+    """wandb's panels, given the losses [N] and found [N,3], the true label, the likeliest one and its chance, of all validation pictures."""
+    counts = np.zeros((num_classes, num_classes), int)
+    np.add.at(counts, (found[:, 0].astype(int), found[:, 1].astype(int)), 1)
+    worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:PICTURES_IN_TABLE].tolist()
+    pictures = [(report.shrunk(val_set[i].image, 480)[0], val_set.image_name(i), float(losses[i]), int(found[i, 0]), int(found[i, 1]), found[i, 2])
+                for i in worst]
+    return panels.of_classifier(wandb, pictures, counts, train_set.class_names)
 
   def after_epoch(epoch: int, done: int, log: bool = True) -> bool | None:
     """Evaluate, draw, keep the best; True ends the run."""
@@ -178,10 +202,11 @@ def main(config: Config) -> None:
     if epoch % config.eval_every and epoch < config.epochs: return None
     begun = time.monotonic()
     with optimizer.averaged():
-      scores = evaluate(done)
+      scores = evaluate(done, epoch)
       if scores["top1"] > about["best_top1"]:
         about["best_top1"] = scores["top1"]
         checkpoints.keep_best({"epoch": epoch, "step": done, "top1": scores["top1"]}, config.save_half)
+        tracker.improved()
     if log: tracker.log({f"eval/{key}": value for key, value in scores.items()} | {"eval/seconds": time.monotonic() - begun}, done, epoch)
     print(f"epoch {epoch}: top-1 {scores['top1']:.4f}  top-5 {scores['top5']:.4f}  loss {scores['loss']:.4f}  "
           f"({duration(time.monotonic() - begun)})", flush=True)
@@ -192,9 +217,8 @@ def main(config: Config) -> None:
   explain = partial(first_not_finite, model, losses) if config.debug_numerics else lambda *_: ""
   try:
     with signals:
-      train(step, train_loader, lambda batch: (to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)), tracker, checkpoints, signals,
-            epochs=config.epochs, start=resumed or None, log_every=config.log_every, max_skipped=config.max_skipped, after_epoch=after_epoch,
-            explain=explain)
+      train(step, train_loader, to_device, tracker, checkpoints, signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every,
+            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain)
       if scores is None: after_epoch(config.epochs, resumed["step"] if resumed else 0, log=False)
       checkpoints.finish()
     best = about["best_top1"]
@@ -209,8 +233,8 @@ def main(config: Config) -> None:
   finally:
     train_loader.close()
     val_loader.close()
-    tracker.finish()
     print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
+    tracker.finish()
 
 
 if __name__ == "__main__":

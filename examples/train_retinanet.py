@@ -3,7 +3,7 @@
 With no arguments it fine-tunes the small detector that ships with the code to shapes it has never seen: a few minutes on a laptop's processor.
 With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or Pascal VOC (Annotations/, JPEGImages/), whichever is there.
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
-import os, sys, time
+import contextlib, os, sys, time
 from dataclasses import dataclass
 from functools import partial
 from extra import require_device
@@ -26,7 +26,8 @@ from extra.detection.matcher import match
 from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
-from extra.training import report
+from extra.training import panels, report
+from extra.training.find_lr import find_lr
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, to_devices
@@ -38,6 +39,9 @@ from extra.training.trainer import TrainerConfig, make_optimizer
 from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+PICTURES_IN_TABLE = 32   # validation pictures, the worst and the best, in wandb's table of each evaluation
 
 
 def embedded(data: str) -> bool: return data.partition(":")[0] == "shapes"
@@ -97,6 +101,7 @@ PRESETS = {
 def main(config: Config) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
+  if config.find_lr and config.resume: raise UserError("--find-lr: sweeps from the weights that --weights names; leave out --resume")
   if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
   folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
 
@@ -141,8 +146,15 @@ def main(config: Config) -> None:
 
   step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
 
+  def to_device(batch) -> tuple[Tensor, ...]: return tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels))
+
+  if config.find_lr:
+    with contextlib.closing(train_loader): find_lr(folder, config.find_lr, optimizer, step, train_loader, to_device, as_dict(config))
+    return
+
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  tracker = Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb, resume=resumed, lock=lock)
+  tracker = Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb, resume=resumed, lock=lock,
+                    tags=config.tags, group=config.group, artifacts=config.artifacts)
   about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config),
            "run_id": tracker.id, "best_mAP": resumed["best_mAP"] if resumed else -1.0}
@@ -153,6 +165,7 @@ def main(config: Config) -> None:
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
   report.save_environment(tracker.folder, config.sources)
+  if why := report.update(tracker.folder): print(f"note: {why}")
   print(f"run: {tracker.folder}   (the first step compiles: about a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -184,10 +197,16 @@ def main(config: Config) -> None:
       if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
         about["best_mAP"] = mAP
         checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half)
+        tracker.improved()
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
     if log: tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
     print(f"epoch {epoch}: mAP {mAP:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
-    def record() -> None: report.save_evaluation(tracker.folder, analyse(metric, result), val_set, metric, step=done, epoch=epoch)
+    def record() -> None:
+      analysis = analyse(metric, result, pictures=PICTURES_IN_TABLE // 2)
+      report.save_evaluation(tracker.folder, analysis, val_set, metric, step=done, epoch=epoch)
+      ranked = sorted(analysis["worst"] + analysis["best"], key=lambda entry: entry["quality"])
+      pictures = report.ranked_pictures(ranked, val_set, metric, analysis["score_threshold"])
+      tracker.show(lambda wandb: panels.of_detector(wandb, analysis, pictures, val_set.class_names), done, epoch)
     if why := report.update(tracker.folder, record): print(f"note: {why}")
     return config.stop_at_target and config.target is not None and about["best_mAP"] >= config.target
 
@@ -196,9 +215,8 @@ def main(config: Config) -> None:
   explain = partial(first_not_finite, model, losses) if config.debug_numerics else lambda *_: ""
   try:
     with signals:
-      train(step, train_loader, lambda batch: tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels)), tracker, checkpoints,
-            signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every, max_skipped=config.max_skipped,
-            after_epoch=after_epoch, explain=explain)
+      train(step, train_loader, to_device, tracker, checkpoints, signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every,
+            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain)
       if result is None: after_epoch(config.epochs, done_steps, log=False)
       checkpoints.finish()
     best = about["best_mAP"]
@@ -211,8 +229,8 @@ def main(config: Config) -> None:
     checkpoints.wait()
     train_loader.close()
     val_loader.close()
-    tracker.finish()
     print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
+    tracker.finish()
 
 
 if __name__ == "__main__":

@@ -81,6 +81,12 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], Any]:
   except (ValueError, RecursionError) as e: raise UserError(f"{path} is not a whole safetensors file: {e}") from e
 
 
+def metadata(path: str | Path) -> dict[str, Any]:
+  """The metadata given to `save` for a file, whose tensors and checksum are not looked at; empty where there are none."""
+  with open(path, "rb") as f: header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+  return json.loads(header.get("__metadata__", {}).get("tinydet", "{}"))
+
+
 def newest(folder: str | Path, warn: Callable[[str], None] = print) -> Path | None:
   """The whole `checkpoint-<step>.safetensors` of the highest step in folder, or None. A broken one is reported through warn and passed over."""
   for path in reversed(checkpoints(folder)):

@@ -23,6 +23,12 @@ def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, w
   return rate
 
 
+def exponential(low: float, high: float, steps: int) -> Schedule:
+  """From `low` at the first to `high` at the last of `steps` updates, each the same factor above the one before (for `find_lr`)."""
+  growth = math.log(high / low) / max(1, steps - 1)
+  return lambda step: low * (step * growth).exp()
+
+
 class Optimizer:
   """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
 

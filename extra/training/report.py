@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 from extra.errors import UserError, exit_on_user_error
 from extra.training.checkpoint import whole_file
+from extra.training.panels import most_confused
 from extra.training.pictures import draw_boxes
 from extra.training.tracking import duration
 
+PICTURES = 4              # of the best and of the worst on the page
 PICTURE_SIDE = 560        # pixels of a picture on the page, along its longer side
 CHART_SIZE = (5.0, 2.9)   # inches of 72 units: a chart as wide as a phone's screen, so that its text is as large there as it is here
 COLORS = 8                # of --s1 .. --s8 in the template
@@ -61,30 +63,40 @@ def save_environment(folder: str | Path, sources: dict[str, str]) -> None:
 def save_evaluation(folder: str | Path, analysis: dict[str, Any], dataset: Any, metric: Any, *, step: int, epoch: float) -> None:
   """Write evaluation.json, which is `analysis` (`detection.analysis.analyse`), and the pictures that it calls best and worst.
 
-  `dataset` is the one evaluated, in the order of the images in the ground truth of `metric`, its `CocoMetric`. The pictures, best-1-truth.jpg and the
-  like in pictures/, are those of the last evaluation; detections are drawn from the analysis' score threshold up."""
-  row_of = {image["id"]: i for i, image in enumerate(metric.ground_truth["images"])}
-  label_of = {category: label for label, category in enumerate(np.asarray(metric.category_ids).tolist())}
+  `dataset` and `metric` are those of `ranked_pictures`. The pictures, best-1-truth.jpg and the like in pictures/, are those of the last evaluation;
+  detections are drawn from the analysis' score threshold up."""
   pictures: dict[str, list[dict]] = {}
   for group in ("best", "worst"):
     pictures[group] = []
-    for place, entry in enumerate(analysis[group], 1):
-      row = row_of[entry["image_id"]]
-      sample = dataset[row]
-      boxes, scores, categories = metric.found.get(entry["image_id"], (np.empty((0, 4)), np.empty(0), np.empty(0, int)))
-      sure = np.asarray(scores) >= analysis["score_threshold"]
-      labels = np.array([label_of[c] for c in np.asarray(categories)[sure].tolist()], int)
-      corners = np.concatenate([boxes[sure, :2], boxes[sure, :2] + boxes[sure, 2:]], 1)
-      image, shrink = _shrunk(sample.image, 800)
+    for place, picture in enumerate(ranked_pictures(entries := analysis[group][:PICTURES], dataset, metric, analysis["score_threshold"])):
       files = []
-      truth, found = (sample.boxes * shrink, sample.labels, None), (corners * shrink, labels, np.asarray(scores)[sure])
-      for what, drawn in (("truth", truth), ("found", found)):
-        files.append(f"{group}-{place}-{what}.jpg")
+      for what in ("truth", "found"):
+        files.append(f"{group}-{place + 1}-{what}.jpg")
         with whole_file(Path(folder)/"pictures"/files[-1]) as f:
-          Image.fromarray(draw_boxes(image, *drawn, dataset.class_names)).save(f, "JPEG", quality=90, subsampling=0)
-      name = metric.ground_truth["images"][row].get("file_name") or dataset.image_name(row)
-      pictures[group].append(entry | {"name": name, "files": files})
+          drawn = draw_boxes(picture["image"], *picture[f"{what}_boxes"], dataset.class_names)
+          Image.fromarray(drawn).save(f, "JPEG", quality=90, subsampling=0)
+      pictures[group].append(entries[place] | {"name": picture["name"], "files": files})
   _save_json(Path(folder)/"evaluation.json", {"step": int(step), "epoch": float(epoch), **analysis, **pictures})
+
+
+def ranked_pictures(entries: Sequence[dict[str, Any]], dataset: Any, metric: Any, score_threshold: float) -> Iterator[dict[str, Any]]:
+  """The pictures that `entries` of `detection.analysis.rank_pictures` are about, each as its entry and "name", "image" u8 [H,W,3], 800 pixels long
+  at most, and (boxes xyxy in pixels of image, labels, scores or None) as "truth_boxes" and "found_boxes", the latter from `score_threshold` up.
+
+  `dataset` is the one evaluated, in the order of the images in the ground truth of `metric`, its `CocoMetric`."""
+  row_of = {image["id"]: i for i, image in enumerate(metric.ground_truth["images"])}
+  label_of = {category: label for label, category in enumerate(np.asarray(metric.category_ids).tolist())}
+  for entry in entries:
+    row = row_of[entry["image_id"]]
+    sample = dataset[row]
+    boxes, scores, categories = metric.found.get(entry["image_id"], (np.empty((0, 4)), np.empty(0), np.empty(0, int)))
+    sure = np.asarray(scores) >= score_threshold
+    labels = np.array([label_of[c] for c in np.asarray(categories)[sure].tolist()], int)
+    corners = np.concatenate([boxes[sure, :2], boxes[sure, :2] + boxes[sure, 2:]], 1)
+    image, shrink = shrunk(sample.image, 800)
+    yield entry | {"name": metric.ground_truth["images"][row].get("file_name") or dataset.image_name(row), "image": image,
+                   "truth_boxes": (sample.boxes * shrink, sample.labels, None),
+                   "found_boxes": (corners * shrink, labels, np.asarray(scores)[sure])}
 
 
 def update(folder: str | Path, record: Callable[[], None] | None = None) -> str | None:
@@ -438,9 +450,7 @@ def _confusion(evaluation: dict[str, Any], most: int = 12) -> dict[str, Any] | N
   matrix = np.zeros((k + 1, k + 1), int)
   for i, j, count in evaluation["confusion"]: matrix[i, j] = count
   mixed = matrix[:k, :k] - np.diag(np.diag(matrix)[:k])
-  weight = mixed.sum(0) + mixed.sum(1) + (matrix[:k].sum(1) + matrix[:, :k].sum(0)) * 1e-6
-  present = np.flatnonzero(matrix[:k].sum(1) + matrix[:, :k].sum(0))
-  chosen = sorted(present[np.argsort(-weight[present], kind="stable")][:most].tolist())
+  present, chosen = most_confused(matrix, k), most_confused(matrix, most)
   shown, totals = [*chosen, k], matrix.sum(1)
   rows = [{"name": names[i] if i < k else "background", "cells": [
     {"count": int(matrix[i, j]), "share": float(matrix[i, j] / totals[i]) if totals[i] else 0.0, "same": i == j} for j in shown]} for i in shown]
@@ -493,7 +503,7 @@ def _setting(value: Any, name: str = "") -> str:
   return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shrunk(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+def shrunk(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
   """image u8 [H,W,3], made smaller if a side is longer than `side`, and the factor."""
   factor = min(1.0, side / max(image.shape[:2]))
   if factor == 1.0: return image, factor
@@ -506,7 +516,7 @@ def _data_uri(file: Path, side: int) -> str | None:
   try:
     with Image.open(file) as picture: pixels = np.asarray(picture.convert("RGB"))
   except (OSError, ValueError, Image.DecompressionBombError): return None
-  Image.fromarray(_shrunk(pixels, side)[0]).save(buffer := io.BytesIO(), "JPEG", quality=78)
+  Image.fromarray(shrunk(pixels, side)[0]).save(buffer := io.BytesIO(), "JPEG", quality=78)
   return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,5 +1,5 @@
 """What a run leaves behind: local files always, Weights & Biases where it works, and one line of progress on the screen."""
-import contextlib, errno, json, math, os, re, secrets, shlex, shutil, sys, threading, time
+import contextlib, errno, json, math, os, queue, re, secrets, shlex, shutil, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,13 +7,20 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 from extra.errors import UserError
-from extra.training.checkpoint import whole_file
+from extra.training.checkpoint import checkpoints, metadata, whole_file
+from extra.training.panels import beside_target, boxed_image
 from extra.training.pictures import truth_and_prediction
 
 try: import fcntl
 except ImportError: fcntl = None   # Windows: nothing keeps a second process out
 
 FINISH_SECONDS = 5
+HASHED, UPLOADED = 5e7, 1e6   # bytes a second that the slowest disk reads and the slowest network takes, where wandb is waited for at the end
+WAITING = 8                   # tables and artifacts that wait for wandb before further ones are dropped
+ARTIFACTS = ("end", "best", "none")
+# what wandb's table of runs shows of a series beside its last value; of others of an evaluation the maximum
+SUMMARIES = {"train/loss": "min", "eval/loss": "min", "train/accuracy": "max", "train/images_per_s": "mean", "train/memory": "max",
+             "eval/seconds": "mean", "eval/target": "max"}
 
 
 class Tracker:
@@ -23,23 +30,35 @@ class Tracker:
   value to reach, drawn as `eval/target` beside `eval/<score>`; summary.json gets the best as `best_<score>`. mode is "online", "offline", "disabled"
   or None: WANDB_MODE or wandb's own settings decide, else online when logged in and offline otherwise. Nothing ever prompts, and no failure of wandb
   stops a run: it is reported in one line, and the local files go on. Nor does a full disk: it costs lines and pictures.
+  tags and group are wandb's; artifacts, one of ARTIFACTS, says when it gets weights as the artifact model-<id>: "end" is best.safetensors, under the
+  alias best, and the last checkpoint, under latest, once a run has come to its end; "best" is also each new best.safetensors.
 
   A name that is taken gets a number appended. `resume` is the metadata of the checkpoint to go on from, or {} to begin again in a folder that exists:
   the folder is used as it is, what metrics.jsonl holds from after the checkpoint is cut off, as it will come again, and wandb's run
   `resume["run_id"]` goes on; `lock` is then what `claim` gave for the folder. UserError where the folder cannot be made.
   """
   def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, score: str = "mAP", target: float | None = None,
-               mode: str | None = None, resume: dict | None = None, lock: TextIO | None = None):
-    self.folder = _run_folder(Path(folder), resume is not None)
+               mode: str | None = None, resume: dict | None = None, lock: TextIO | None = None, tags: Sequence[str] = (), group: str | None = None,
+               artifacts: str = "end"):
+    self.folder = new_folder(Path(folder), resume is not None)
     self._lock = lock or claim(self.folder)
+    with contextlib.suppress(OSError): (self.folder/"pictures").mkdir(exist_ok=True)   # where it fails, each picture says so
     self.score, self.target, self.id, self._summary = score, target, (resume or {}).get("run_id") or secrets.token_hex(4), {}
     kept = _mend(self.folder/"metrics.jsonl", (resume or {}).get("step", 0), (resume or {}).get("evaluated", 0))
-    scores = [line[f"eval/{score}"] for line in kept if line.get(f"eval/{score}") is not None]
-    self.best, self._started = max(scores, default=None), time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
+    self._scores = [(line["epoch"], line[f"eval/{score}"]) for line in kept if line.get(f"eval/{score}") is not None]
+    self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
     self._metrics, self._warned = open(self.folder/"metrics.jsonl", "ab", buffering=0), False
     with whole_file(self.folder/"config.json") as f: f.write(json.dumps(config, indent=2).encode() + b"\n")
-    self._wandb, self._run = None, None
-    if mode != "disabled": self._start_wandb(config, project, mode, bool(resume))
+    self._wandb, self._run, self._artifacts, self._complete = None, None, artifacts, False
+    self._defined: set[str] = set()
+    self._actions, self._thread, self._answered, self._uploads, self._missed = queue.Queue(), None, threading.Event(), [], False
+    self._owns_data_dir = False
+    if mode != "disabled": self._start_wandb(config, mode, bool(resume), {"project": project, "tags": list(tags) or None, "group": group})
+
+  @property
+  def best(self) -> float | None:
+    """The best score of all evaluations."""
+    return max((value for _, value in self._scores), default=None)
 
   def log(self, metrics: dict[str, Any], step: int, epoch: float) -> None:
     """Append one line of metrics ("train/loss", "eval/mAP", ...) with step, epoch and seconds since the start; NaN and infinity become null."""
@@ -47,7 +66,7 @@ class Tracker:
     line |= {key: _plain(value) for key, value in metrics.items()}
     if (key := f"eval/{self.score}") in line:
       if self.target is not None: line["eval/target"] = self.target
-      if line[key] is not None: self.best = max(line[key], -math.inf if self.best is None else self.best)
+      if line[key] is not None: self._scores.append((line["epoch"], line[key]))
     with self._surviving("metrics.jsonl"):
       end, data = os.fstat(self._metrics.fileno()).st_size, json.dumps(line, allow_nan=False).encode() + b"\n"
       try:
@@ -55,7 +74,30 @@ class Tracker:
       except OSError:   # half a line would spoil the file for its readers
         self._metrics.truncate(end)
         raise
-    self._send(lambda wandb, run: run.log({key: value for key, value in line.items() if value is not None}))
+    self._send(lambda _, run: self._log_line(run, {key: value for key, value in line.items() if value is not None}))
+    if key in line and self.target is not None and self._scores:
+      self.show(lambda wandb: {"eval/score_and_target": beside_target(wandb, self.score, self._scores, self.target)}, step, epoch)
+
+  def _log_line(self, run: Any, line: dict[str, Any]) -> None:
+    for key in line:
+      summary = SUMMARIES.get(key, "max" if key.startswith("eval/") else None)
+      if summary is None or key in self._defined: continue
+      run.define_metric(key, step_metric="epoch" if key.startswith("eval/") else "step", summary=f"{summary},last")
+      self._defined.add(key)
+    run.log(line)
+
+  def show(self, make: Callable[[Any], dict[str, Any]], step: int, epoch: float) -> None:
+    """Show in wandb what `make(wandb)` returns by name: tables, charts. Nothing is made where there is no wandb."""
+    if self._run is None: return
+    try: panels = make(self._wandb)
+    except Exception as e:
+      self._miss(_reason(e))
+      return
+    self._later(lambda _, run: run.log({"step": int(step), "epoch": _plain(epoch)} | panels))
+
+  def improved(self) -> None:
+    """Take notice that best.safetensors is a new one."""
+    if self._artifacts == "best": self._send_model(self.folder/"best.safetensors", "best")
 
   @contextlib.contextmanager
   def _surviving(self, what: str) -> Iterator[None]:
@@ -74,18 +116,16 @@ class Tracker:
     path = self.folder/"pictures"/f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{step:07d}.jpg"
     drawn = truth_and_prediction(image, truth_boxes, truth_labels, boxes, labels, scores, class_names)
     with self._surviving(f"pictures/{path.name}"), whole_file(path) as f: Image.fromarray(drawn).save(f, "JPEG", quality=90, subsampling=0)
-    names = dict(enumerate(class_names))
-    def overlay(boxes, labels, scores):
-      data = [{"position": dict(zip(("minX", "minY", "maxX", "maxY"), map(float, box))), "domain": "pixel", "class_id": int(label),
-               "box_caption": names.get(int(label), str(label)) + ("" if score is None else f" {score:.2f}"),
-               **({} if score is None else {"scores": {"score": float(score)}})} for box, label, score in zip(boxes, labels, scores)]
-      return {"box_data": data, "class_labels": names}
-    self._send(lambda wandb, run: run.log({"step": int(step), f"pictures/{name}": wandb.Image(image, boxes={
-      "predictions": overlay(boxes, labels, scores), "ground_truth": overlay(truth_boxes, truth_labels, [None] * len(truth_boxes))})}))
+    overlays = (truth_boxes, truth_labels, None), (boxes, labels, scores), class_names
+    self._send(lambda wandb, run: run.log({"step": int(step), f"pictures/{name}": boxed_image(wandb, image, *overlays)}))
     return path
 
   def summary(self, values: dict[str, Any]) -> None:
-    """Add final figures of the run to summary.json and to wandb's summary."""
+    """Add final figures of a run that came to its end to summary.json and to wandb's summary."""
+    self._complete = True
+    self._write_summary(values)
+
+  def _write_summary(self, values: dict[str, Any]) -> None:
     self._summary |= {key: _plain(value) for key, value in values.items()}
     if self.best is not None: self._summary[f"best_{self.score}"] = self.best
     with self._surviving("summary.json"), whole_file(self.folder/"summary.json") as f:
@@ -93,10 +133,14 @@ class Tracker:
     self._send(lambda wandb, run: run.summary.update(self._summary))
 
   def finish(self) -> None:
-    """Close the run, giving wandb a few seconds; a run that wandb has not uploaded prints how to upload it and how to view it."""
-    self.summary({})
+    """Close the run, giving wandb a few seconds, and the report and the weights of a run that came to its end, with the time to upload them; a run
+    that wandb has not uploaded prints how to upload it and how to view it."""
+    self._write_summary({})
     self._metrics.close()
     self._lock.close()
+    self._send(self._send_last)
+    self._drain()
+    if self._owns_data_dir: os.environ.pop("WANDB_DATA_DIR", None)
     if self._run is None: return
     (run, self._run), local = (self._run, None), self._run.settings.mode == "offline"
     try: run.finish()
@@ -109,10 +153,13 @@ class Tracker:
       print(f"upload this run: wandb sync {shlex.join(folders)}")
       print(f"view this run:   wandb leet {shlex.quote(folders[-1])}")
 
-  def _start_wandb(self, config: dict[str, Any], project: str, mode: str | None, resumed: bool) -> None:
+  def _start_wandb(self, config: dict[str, Any], mode: str | None, resumed: bool, about: dict[str, Any]) -> None:
     try:
       import wandb
       self._wandb = wandb
+      self._owns_data_dir = "WANDB_DATA_DIR" not in os.environ
+      if self._owns_data_dir:   # where tables wait for their upload: with the run, not in the user's home
+        os.environ["WANDB_DATA_DIR"] = str((self.folder/"wandb").resolve())
       wanted = wandb.setup(wandb.Settings(silent=True, console="off", **({"mode": mode} if mode else {}))).settings.mode
       if wanted in ("online", "shared") and not wandb.login(prompt=False, verify=False):
         if mode or os.environ.get("WANDB_MODE"): warn("wandb is not logged in (wandb login): this run is recorded offline")
@@ -123,8 +170,8 @@ class Tracker:
       try:
         settings = wandb.Settings(silent=True, console="off", init_timeout=15, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
         resume = "allow" if resumed and attempt == "online" else None
-        self._run = wandb.init(project=project, name=self.folder.name, id=self.id, dir=str(self.folder), config=config, mode=attempt, resume=resume,
-                               settings=settings)
+        self._run = wandb.init(name=self.folder.name, id=self.id, dir=str(self.folder), config=config, mode=attempt, resume=resume,
+                               settings=settings, **about)
       except Exception as e:
         if attempt in ("offline", "disabled"): return self._give_up(e)
         warn(f"wandb cannot go online ({_reason(e)}): this run is recorded offline")
@@ -136,20 +183,80 @@ class Tracker:
     run.define_metric("step")
     run.define_metric("epoch")
     for prefix, axis in (("train/*", "step"), ("pictures/*", "step"), ("eval/*", "epoch")): run.define_metric(prefix, step_metric=axis)
-    run.define_metric(f"eval/{self.score}", step_metric="epoch", summary="max")
     if self.target is not None: run.summary["target"] = self.target
 
   def _send(self, action: Callable[[Any, Any], Any]) -> None:
     """Do something with wandb, and without it from its first failure on."""
     if self._run is None: return
     try: action(self._wandb, self._run)
-    except Exception as e: self._give_up(e)
+    except Exception as e:
+      if self._run is not None: self._give_up(e)
 
   def _give_up(self, e: Exception) -> None:
     self._run = None
     warn(f"wandb stopped working ({_reason(e)}): the run goes on, recorded in {self.folder}")
     # or wandb's own exit hook would wait for a dead service, or print its traceback
     if self._wandb is not None: _tear_down(self._wandb)
+
+  def _later(self, action: Callable[[Any, Any], Any]) -> None:
+    """Do something with wandb in a thread: it asks its server before it takes a table or an artifact, and training does not wait for that. Here a
+    failure costs what is sent, not the run's record."""
+    if self._run is None: return
+    if self._thread is None:
+      self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+      self._thread.start()
+    if self._actions.qsize() < WAITING: self._actions.put(action)
+    else: self._miss("its server does not keep up")
+
+  def _work(self) -> None:
+    for action in iter(self._actions.get, None):
+      try: action(self._wandb, self._run)
+      except ConnectionError: pass   # wandb's service is gone, which the run's next line reports
+      except Exception as e:
+        if self._run is not None: self._miss(_reason(e))
+    self._answered.set()
+    if self._uploads: print(f"wandb takes the weights ({sum(size for *_, size in self._uploads) / 1e6:.0f} MB)", flush=True)
+    for artifact, link, size in self._uploads:
+      try: artifact.wait(round(FINISH_SECONDS + size / UPLOADED))
+      except Exception as e: self._miss(_reason(e))
+      else:
+        if link is not None: link.unlink()
+
+  def _miss(self, reason: str) -> None:
+    if not self._missed: warn(f"wandb misses a table or an artifact ({reason}): the run goes on without it, and without others that fail")
+    self._missed = True
+
+  def _send_model(self, file: Path, alias: str) -> None:
+    """Send weights as a version of the artifact model-<id>. wandb gets no copy but a link, which leads to them when the file has a successor too."""
+    if self._run is None or not file.exists(): return
+    link = Path(self._run.dir).resolve().parent/"artifacts"/f"{secrets.token_hex(4)}-{file.name}"
+    try:
+      link.parent.mkdir(exist_ok=True)
+      os.link(file, link)
+    except OSError: link = None   # a file system without links: wandb copies
+    def log(wandb: Any, run: Any) -> None:
+      known = metadata(link or file)
+      known = {key: known[key] for key in ("model", "step", "epoch", self.score) if key in known}
+      artifact = wandb.Artifact(f"model-{self.id}", "model", metadata=known)
+      artifact.add_file(str((link or file).resolve()), name=file.name, policy="immutable" if link else "mutable", skip_cache=True)
+      run.log_artifact(artifact, aliases=[alias])
+      if run.settings.mode != "offline": self._uploads.append((artifact, link, artifact.size))
+    self._later(log)
+
+  def _send_last(self, wandb: Any, run: Any) -> None:
+    """Send what a run leaves behind: its report, and its weights if it came to its end."""
+    if (report := self.folder/"report.html").exists(): run.log({"report": wandb.Html(str(report), inject=False)})
+    if not self._complete or self._artifacts == "none": return
+    self._send_model(self.folder/"best.safetensors", "best")
+    for last in checkpoints(self.folder)[-1:]: self._send_model(last, "latest")   # the version that comes last is wandb's latest
+
+  def _drain(self) -> None:
+    """Wait for what is left to `_later`: a few seconds, and where the server answers, as long as uploads may take."""
+    if self._thread is None or self._run is None: return
+    self._actions.put(None)
+    to_hash = sum(file.stat().st_size for file in (self.folder/"best.safetensors", *checkpoints(self.folder)[-1:]) if file.exists())
+    if self._answered.wait(FINISH_SECONDS + to_hash / HASHED):
+      self._thread.join(sum(FINISH_SECONDS + size / UPLOADED for *_, size in self._uploads) + FINISH_SECONDS)
 
 
 class Progress:
@@ -213,7 +320,7 @@ def claim(folder: Path) -> TextIO:
   return file
 
 
-def _run_folder(wanted: Path, resumed: bool) -> Path:
+def new_folder(wanted: Path, resumed: bool = False) -> Path:
   """Make the folder of a run: a new one, numbered if the name is taken, or the old one."""
   runs, name = wanted.parent, wanted.name
   try:
@@ -221,7 +328,6 @@ def _run_folder(wanted: Path, resumed: bool) -> Path:
       folder = runs/(name if number == 1 else f"{name}-{number}")
       try: folder.mkdir(parents=True, exist_ok=resumed)
       except FileExistsError: continue
-      (folder/"pictures").mkdir(exist_ok=True)
       return folder
   except OSError as e: raise UserError(f"cannot make a run folder in {runs}: {e.strerror}; choose another --out, or mend its permissions") from e
   raise UserError(f"{runs} holds too many runs called {name}: choose another name")

@@ -4,11 +4,18 @@ from tinygrad import Tensor
 from extra.training import optim
 from extra.training.config import option
 from extra.training.precision import DTYPES
+from extra.training.tracking import ARTIFACTS
 
 
 def _numbers(text: str) -> tuple[int, ...]:
   try: return tuple(int(word) for word in text.split(",") if word)
   except ValueError: raise ValueError("expected whole numbers with commas, such as 16,22") from None
+
+
+def _tags(text: str) -> tuple[str, ...]:
+  tags = tuple(word.strip() for word in text.split(",") if word.strip())
+  if any(len(tag) > 64 for tag in tags): raise ValueError("expected words with commas, such as baseline,sgd, each of 64 letters at most")
+  return () if tags == ("none",) else tags
 
 
 @dataclass
@@ -26,6 +33,8 @@ class TrainerConfig:
                              show=lambda v: ",".join(map(str, v)) or "none", group="training")
   warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
+  find_lr: int = option(0, "sweep the learning rate over so many updates, 100 say, suggest one, and end; 0 trains", minimum=0, maximum=100_000,
+                        group="training")
   clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
   ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
                       group="training")
@@ -49,6 +58,10 @@ class TrainerConfig:
   wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
                              choices=("online", "offline", "disabled"), group="run")
   project: str = option("tinygrad-retinanet", "wandb's project", group="run")
+  group: str | None = option(None, "wandb's group of this run, such as the name of an experiment", group="run")
+  tags: tuple = option((), "wandb's tags of this run, such as baseline,sgd", parse=_tags, show=lambda v: ",".join(v) or "none", group="run")
+  artifacts: str = option("end", "weights that wandb gets: the best and the last ones at the end, each new best too, or none", choices=ARTIFACTS,
+                          group="run")
 
 
 def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int) -> optim.Optimizer:
