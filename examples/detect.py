@@ -306,7 +306,7 @@ def main(config: Config) -> None:
   if config.classes: found_by.labels_of(config.classes)
   for note in found_by.notes: print(f"note: {note}")
   what = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for n, kind in ((len(pictures), "picture"), (len(videos), "video")) if n)
-  print(f"{found_by.about['model']} from {found_by.about['weights']}: {what} at {found_by.width}x{found_by.height} on {', '.join(found_by.devices)}")
+  print(f"{found_by.about['model']} from {found_by.about['weights']}: {what} at {found_by.input} on {', '.join(found_by.devices)}")
 
   first, since = 0, time.monotonic()   # pictures of the first batch, which compiles, and when they were done
   def stream(items: Iterable, load: Callable) -> Iterator:

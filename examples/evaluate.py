@@ -9,15 +9,16 @@ import json, math, os, sys, time
 from dataclasses import dataclass
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse, show_size, size
+from extra.training.config import option, parse, show_input, show_size, size
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
 from extra.datasets.download import local_folder
+from extra.datasets.buckets import choose_buckets
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import for_network
-from extra.detection.anchors import anchors, level_sizes
+from extra.detection.anchors import anchors
 from extra.detection.coco_metric import CocoMetric, read_results
 from extra.detection.evaluation import evaluate
 from extra.models.preprocess import normalize
@@ -39,6 +40,8 @@ class Config:
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
                               parse=size, show=show_size, group="data")
   max_size: int | None = option(None, "keep the aspect ratio, the longer side at most this; 0 resizes to --size exactly", minimum=0, group="data")
+  buckets: int = option(5, "with --max-size, canvases at most; a batch is padded to one of them, and each is compiled", minimum=1, maximum=16,
+                        group="data")
   workers: int = option(2, "processes that load pictures; 0 loads between batches", minimum=0, maximum=256, group="data")
 
   weights: str = option("shapes", "shapes (ships with the code), coco, mlperf, a .safetensors or .pth file, or the folder of a run", group="model")
@@ -65,18 +68,20 @@ def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
   trained_at = about.get("size"), about.get("max_size", 0)
   if config.size is None and trained_at[0] is None: raise UserError(f"{about['weights']}: does not say what size it was trained at; give --size")
   network_size, max_size = config.size or tuple(trained_at[0]), trained_at[1] if config.max_size is None else config.max_size
-  fit, height, width = for_network(network_size, max_size)
+  buckets = choose_buckets(dataset.sizes, network_size, max_size, config.buckets, config.bs)
   for note in notes: print(f"note: {note}")
-  print(f"{about['model']} from {about['weights']}: {len(dataset)} pictures at {width}x{height} on {', '.join(names)}")
+  print(f"{about['model']} from {about['weights']}: {len(dataset)} pictures at {show_input(network_size, max_size)} on {', '.join(names)}")
+  if max_size: print(f"{buckets}; each compiles when it first comes")
 
-  level_anchors = Tensor(anchors(height, width))
-  replicate([*get_state_dict(model).values(), level_anchors], names)
+  level_anchors = {canvas: Tensor(anchors(*canvas)) for canvas in buckets.canvases}
+  replicate([*get_state_dict(model).values(), *level_anchors.values()], names)
 
   @jit
   def forward(images: Tensor) -> tuple[Tensor, ...]:
     with Context(TRAINING=0): return tuple(t.float().contiguous() for t in model(normalize(images, DTYPES[config.dtype])))
 
-  loader, done, started = Loader(dataset, config.bs, fit, workers=config.workers), 0, time.monotonic()
+  fit, done, started = for_network(network_size, max_size), 0, time.monotonic()
+  loader = Loader(dataset, config.bs, fit, workers=config.workers, buckets=buckets)
   def watch(batch, detections) -> None:
     nonlocal done
     done += int((batch.image_ids >= 0).sum())
@@ -85,7 +90,7 @@ def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
       left = duration(seconds / done * (len(dataset) - done))
       print(f"\r{done}/{len(dataset)}  {done / seconds:.1f} images/s  {left} left ", end="", file=sys.stderr)
   try:
-    evaluate(lambda batch: forward(to_devices(batch.images, names)), loader.epoch(0), level_anchors, level_sizes(height, width), metric, watch,
+    evaluate(lambda batch: forward(to_devices(batch.images, names)), loader.epoch(0), level_anchors, metric, watch,
              score_threshold=config.score_threshold, nms_threshold=config.nms_threshold, max_detections=config.max_detections)
   finally:
     loader.close()

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
-from extra.training.config import as_dict, describe, option, parse, recall, show_size, size
+from extra.training.config import as_dict, describe, option, parse, recall, show_input, show_size, size
 import numpy as np
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
 from extra.datasets.download import local_folder
+from extra.datasets.buckets import choose_buckets, one_bucket
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, for_network, horizontal_flip, photometric_jitter, scale_jitter
+from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, photometric_jitter, scale_jitter
 from extra.detection.analysis import analyse
-from extra.detection.anchors import anchors, level_sizes
+from extra.detection.anchors import anchors
 from extra.detection.coco_metric import CocoMetric
 from extra.detection.evaluation import evaluate
 from extra.detection.losses import BOX_LOSSES, detection_losses
@@ -55,8 +56,10 @@ class Config(TrainerConfig):
                                 "folder", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
                        show=show_size, group="data")
-  max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded square; 0 resizes to --size exactly", minimum=0,
+  max_size: int = option(0, "keep the aspect ratio, the longer side at most this, on a padded canvas; 0 resizes to --size exactly", minimum=0,
                          group="data")
+  buckets: int = option(5, "with --max-size, canvases at most; a batch is padded to one of them, and each is compiled", minimum=1, maximum=16,
+                        group="data")
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
@@ -117,12 +120,15 @@ def main(config: Config) -> None:
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
 
-  fit, height, width = for_network(config.size, config.max_size)
+  fit, canvas = for_network(config.size, config.max_size), one_canvas(config.size, config.max_size)
+  train_buckets, val_buckets = (choose_buckets(data.sizes, config.size, config.max_size, config.buckets, config.bs) for data in (train_set, val_set))
   augment = [] if config.overfit else [photometric_jitter()] * config.photometric + [horizontal_flip(config.flip)] * (config.flip > 0)
-  if config.scale_jitter and not config.overfit: augment = [*augment, scale_jitter(0.5, 2.0, height, width)]
+  if config.scale_jitter and not config.overfit:
+    augment, train_buckets = [*augment, scale_jitter(0.5, 2.0, *canvas)], one_bucket(len(train_set), canvas)
   else: augment = [fit, *augment]
-  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers)
-  val_loader = Loader(val_set, config.bs, fit, workers=config.workers)
+  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers,
+                        buckets=train_buckets)
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, buckets=val_buckets)
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
@@ -135,13 +141,14 @@ def main(config: Config) -> None:
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
   if resumed: restore(model, optimizer, state, config.resume)
-  level_anchors = Tensor(anchors(height, width))
-  replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
+  level_anchors = {canvas: Tensor(anchors(*canvas)) for canvas in {*train_buckets.canvases, *val_buckets.canvases}}
+  replicate([*tensors.values(), *optimizer.state().values(), *level_anchors.values()], gpus)
 
   def losses(images: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    classes, matched = match(level_anchors, boxes, labels)
+    here = level_anchors[images.shape[1:3]]
+    classes, matched = match(here, boxes, labels)
     outputs = model(normalize(images, DTYPES[config.dtype]))
-    classification, regression = detection_losses(*outputs, level_anchors, classes, matched, config.box_loss)
+    classification, regression = detection_losses(*outputs, here, classes, matched, config.box_loss)
     return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
 
   step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
@@ -156,12 +163,14 @@ def main(config: Config) -> None:
   tracker = Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb, resume=resumed, lock=lock,
                     tags=config.tags, group=config.group, artifacts=config.artifacts)
   about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
-           "category_ids": train_set.category_ids, "size": [width, height], "max_size": config.max_size, "config": as_dict(config),
+           "category_ids": train_set.category_ids, "size": list(config.size), "max_size": config.max_size, "config": as_dict(config),
            "run_id": tracker.id, "best_mAP": resumed["best_mAP"] if resumed else -1.0}
   checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
                             every_minutes=config.save_minutes)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
-        f"{len(train_set)} training and {len(val_set)} validation pictures at {width}x{height} on {', '.join(gpus)}")
+        f"{len(train_set)} training and {len(val_set)} validation pictures at {show_input(config.size, config.max_size)} on {', '.join(gpus)}")
+  if config.max_size: print(f"training on {train_buckets}\nvalidation on {val_buckets}\nnote: each canvas compiles when it first comes, "
+                            f"{len(train_buckets.canvases)} for training and {len(val_buckets.canvases)} for validation")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
   report.save_environment(tracker.folder, config.sources)
@@ -191,8 +200,8 @@ def main(config: Config) -> None:
     drawn.clear()
     begun = time.monotonic()
     with optimizer.averaged():
-      metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), Tensor(anchors(height, width)),
-                        level_sizes(height, width), CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
+      metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), level_anchors,
+                        CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
       result = metric.compute()
       if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
         about["best_mAP"] = mAP

@@ -10,18 +10,21 @@ from PIL import Image, ImageOps
 from tinygrad import Context, Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from extra import require_device
+from extra.datasets.buckets import upright_and_flat
 from extra.datasets.image import opened, to_rgb
 from extra.datasets.sample import Sample
-from extra.datasets.transforms import for_network
+from extra.datasets.transforms import for_network, pad_to
 from extra.detection import postprocess, tiles
 from extra.detection.anchors import anchors, level_sizes
 from extra.errors import UserError
 from extra.models.preprocess import normalize
+from extra.training.config import show_input
 from extra.training.loop import jit
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
 from extra.training.weights import open_detector
 
+LONGEST_QUEUE = 3   # batches of pictures that may wait for one before them
 READERS = 2   # threads that read and resize pictures while the network computes; Pillow does both without holding Python's lock
 Item = TypeVar("Item")
 
@@ -84,8 +87,8 @@ def read_picture(image: Any) -> np.ndarray:
 
 
 class Detector:
-  """A detector ready to use, and what is known of it: class_names and category_ids in label order, height and width of the network's input in
-  pixels, notes for the user, and `about` (see `open_detector`).
+  """A detector ready to use, and what is known of it: class_names and category_ids in label order, `input`, the size of what the network sees in
+  words, notes for the user, and `about` (see `open_detector`).
 
   Args:
     weights: what `--weights` takes (see `extra.training.weights.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
@@ -107,14 +110,22 @@ class Detector:
     self.category_ids = self.about.get("category_ids") or list(range(1, num_classes + 1))
     if size is None and trained_at is None: raise UserError(f"{self.about['weights']}: does not say what size it was trained at; give --size")
     size = tuple(trained_at) if size is None else (size, size) if isinstance(size, int) else size
-    self._fit, self.height, self.width = for_network(size, self.about.get("max_size", 0) if max_size is None else max_size)
-    self._anchors = Tensor(anchors(self.height, self.width))
-    replicate([*get_state_dict(model).values(), self._anchors], self.devices)
+    max_size = self.about.get("max_size", 0) if max_size is None else max_size
+    resized, canvases = for_network(size, max_size), upright_and_flat(size, max_size)
+    self.input = show_input(size, max_size)
+    self._anchors = {canvas: Tensor(anchors(*canvas)) for canvas in canvases}
+    self._compiled: set[tuple[int, int]] = set()
+    replicate([*get_state_dict(model).values(), *self._anchors.values()], self.devices)
 
     @jit
     def forward(images: Tensor) -> tuple[Tensor, ...]:
       with Context(TRAINING=0): return tuple(t.float().contiguous() for t in model(normalize(images, DTYPES[dtype])))
     self._forward = forward
+
+    def fit(sample: Sample, rng: np.random.Generator) -> Sample:
+      sample = resized(sample, rng)
+      return pad_to(*next(canvas for canvas in canvases if all(np.less_equal(sample.content_size, canvas))))(sample, rng)
+    self._fit = fit
 
   def stream(self, items: Iterable[Item], load: Callable[[Item], np.ndarray | None], *, classes: Sequence[str] | None = None,
              score_threshold: float = 0.05, nms_threshold: float = 0.5, max_detections: int = 300, tile: tuple[int, int] | None = None,
@@ -124,28 +135,29 @@ class Detector:
     `load(item)` gives the picture, u8 [H,W,3] RGB, or None for one to pass over; it runs in other threads, a batch ahead. With `tile` (width, height)
     a larger picture is looked at whole and in tiles of so many pixels, of which neighbours share `overlap` (see `extra.detection.tiles`); take tiles
     in the proportions that the network was trained at. `seconds` collects the time spent in "reading" (of all threads together), "network" and
-    "post-processing", and in "compiling", the detector's first batch. The other options are those of `detect`."""
+    "post-processing", and in "compiling", the detector's first batch of each canvas. The other options are those of `detect`."""
     seconds = Counter() if seconds is None else seconds
     hidden = None if classes is None else np.full(len(self.class_names), -np.inf, np.float32)   # added to the logits
     if hidden is not None: hidden[self.labels_of(classes)] = 0
     options = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "max_detections": max_detections}
     waiting: deque[_Picture] = deque()
-    views: list[tuple[_Picture, int]] = []
+    views: dict[tuple[int, int], list[tuple[_Picture, int]]] = {canvas: [] for canvas in self._anchors}
 
-    def run() -> None:
-      """Put up to a batch of views through the network and hand the results to their pictures."""
-      batch, views[:] = views[:self.batch_size], views[self.batch_size:]
+    def run(canvas: tuple[int, int]) -> None:
+      """Put up to a batch of the views of a canvas through the network and hand the results to their pictures."""
+      batch, views[canvas] = views[canvas][:self.batch_size], views[canvas][self.batch_size:]
       samples = [picture.samples[v] for picture, v in batch]
-      images = np.zeros((self.batch_size, self.height, self.width, 3), np.uint8)
-      sizes = np.full((self.batch_size, 2), (self.height, self.width), np.int32)
+      images = np.zeros((self.batch_size, *canvas, 3), np.uint8)
+      sizes = np.full((self.batch_size, 2), canvas, np.int32)
       originals = sizes.copy()
       for row, sample in enumerate(samples): images[row], sizes[row], originals[row] = sample.image, sample.content_size, sample.original_size
-      kind, begun = "network" if self._forward.captured is not None else "compiling", time.monotonic()
+      kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
+      self._compiled.add(canvas)
       cls_logits, bbox_regression = self._forward(to_devices(images, self.devices))
       for name in self.devices: Device[name].synchronize()
       seconds[kind] += (done := time.monotonic()) - begun
       if hidden is not None: cls_logits = cls_logits + Tensor(hidden).to(cls_logits.device)
-      found = postprocess.detect(cls_logits, bbox_regression, self._anchors, level_sizes(self.height, self.width), sizes, **options)
+      found = postprocess.detect(cls_logits, bbox_regression, self._anchors[canvas], level_sizes(*canvas), sizes, **options)
       found = postprocess.to_original(found, np.maximum(sizes, 1), originals)
       for row, (picture, v) in enumerate(batch):
         n = found.counts[row]
@@ -163,10 +175,14 @@ class Detector:
       for picture in _ahead(pool, lambda item: _Picture(item, load, self._fit, tile, overlap), items, self.batch_size + READERS):
         seconds["reading"] += picture.seconds
         waiting.append(picture)
-        views += [(picture, v) for v in range(len(picture.samples))]
-        while len(views) >= self.batch_size: run()
+        for v, sample in enumerate(picture.samples): views[sample.image.shape[:2]].append((picture, v))
+        # Results come in order, so a picture of a rare canvas does not wait for long until its batch is full.
+        late = len(waiting) > LONGEST_QUEUE * self.batch_size
+        for canvas in self._anchors:
+          while len(views[canvas]) >= (1 if late else self.batch_size): run(canvas)
         yield from ready()
-      while views: run()
+      for canvas in self._anchors:
+        while views[canvas]: run(canvas)
       yield from ready()
 
   def labels_of(self, classes: Sequence[str]) -> list[int]:

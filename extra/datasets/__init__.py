@@ -1,8 +1,8 @@
 """Data sets by name or folder.
 
 A data set is any object with `name`, `class_names` (in label order), `category_ids` (label -> the data set's own id), `max_boxes` (the most objects
-on an image), `warnings` (one line for each kind of oddity that was mended), `len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and
-`d.ground_truth()` in the form of a COCO instances file.
+on an image), `warnings` (one line for each kind of oddity that was mended), `sizes` ((height, width) of each image, known without decoding one),
+`len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and `d.ground_truth()` in the form of a COCO instances file.
 """
 import os
 from pathlib import Path

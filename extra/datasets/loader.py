@@ -1,4 +1,4 @@
-"""Batches in a fixed shape from a data set, loaded in this process or by worker processes.
+"""Batches in one or a few shapes from a data set, loaded in this process or by worker processes.
 
 Workers are fresh interpreters that import numpy, Pillow and the data set's own module, nothing else. They are not forked: the fork of a process in
 which a device runtime has threads may inherit locks that nobody will release. They are not `multiprocessing` children either, since those import the
@@ -12,50 +12,56 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 import numpy as np
+from extra.datasets.buckets import Buckets
 from extra.datasets.sample import Batch, Sample
-from extra.datasets.transforms import Transform
+from extra.datasets.transforms import Transform, pad_to
 from extra.errors import UserError
 
 
 class Loader:
   """Yields the batches of an epoch; what it yields depends on (seed, epoch) only, not on the number of workers.
 
-  `transform` must bring every sample to one size, the canvas. The generator of a sample is `np.random.default_rng((seed, epoch, index))`, the order
-  of a shuffled epoch `np.random.default_rng((seed, epoch)).permutation`. Without `drop_last` the last batch is filled up with all-zero images of
-  image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the data set's own maximum, rounded up to a
-  multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve all further ones, and
-  end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be picklable then.
-  A batch's arrays belong to the caller.
+  `transform` must bring every sample to one size, the canvas; with `buckets`, to one that its batch's canvas holds, to which it is then padded. The
+  generator of a sample is `np.random.default_rng((seed, epoch, index))`, the order of a shuffled epoch that of
+  `np.random.default_rng((seed, epoch)).permutation`, as `Buckets.batches` divides it. Without `drop_last` the last batch (of a canvas) is filled up
+  with all-zero images of image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the data set's own
+  maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
+  all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be
+  picklable then. A batch's arrays belong to the caller.
   Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2):
+               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None):
     if len(dataset) < (batch_size if drop_last else 1):
       raise UserError(f"{dataset.name}: its {len(dataset)} images do not fill one batch of {batch_size}; choose a smaller batch size")
     if workers and os.name != "posix": raise UserError("workers: loading in other processes needs Linux or macOS; set workers to 0")
     self.dataset, self.batch_size, self.transform = dataset, batch_size, transform
     self.seed, self.shuffle, self.drop_last, self.workers, self.prefetch = seed, shuffle, drop_last, workers, prefetch
     self.max_boxes = max(8, -(-dataset.max_boxes // 8) * 8) if max_boxes is None else max_boxes
-    self._canvas: tuple[int, int] | None = None
+    self.buckets, self._canvases = buckets, buckets.canvases if buckets else None
     self._pool: _Pool | None = None
 
   def __len__(self) -> int:
+    if self.buckets: return len(self._batches(0))
     return len(self.dataset) // self.batch_size if self.drop_last else -(-len(self.dataset) // self.batch_size)
 
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """The batches of epoch `epoch` from batch `start` on; the earlier ones are not loaded. Beginning an epoch ends the one before."""
-    order = self._order(epoch)
-    indices = [order[i * self.batch_size:(i + 1) * self.batch_size].tolist() for i in range(start, len(self))]
-    if self._canvas is None: self._canvas = self._transformed(epoch, 0).image.shape[:2]
-    return self._epoch_in_pool(epoch, indices) if self.workers else self._epoch_in_process(epoch, indices)
+    if self._canvases is None: self._canvases = (self._transformed(epoch, 0).image.shape[:2],)
+    batches = self._batches(epoch)[start:]
+    return self._epoch_in_pool(epoch, batches) if self.workers else self._epoch_in_process(epoch, batches)
 
   def names(self, epoch: int, batch: int) -> list[str]:
     """The names of the pictures in batch `batch` of an epoch."""
-    return [self.dataset.image_name(i) for i in self._order(epoch)[batch * self.batch_size:(batch + 1) * self.batch_size].tolist()]
+    return [self.dataset.image_name(i) for i in self._batches(epoch)[batch][1]]
 
-  def _order(self, epoch: int) -> np.ndarray:
-    return np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+  def _batches(self, epoch: int) -> list[tuple[tuple[int, int] | None, list[int]]]:
+    """Canvas, where it is known, and pictures of each batch of an epoch."""
+    order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+    if self.buckets: return [(canvas, batch.tolist()) for canvas, batch in self.buckets.batches(order, self.batch_size, self.drop_last)]
+    canvas = self._canvases[0] if self._canvases else None
+    return [(canvas, order[i * self.batch_size:(i + 1) * self.batch_size].tolist()) for i in range(len(self))]
 
   def close(self) -> None:
     """End the workers and free the shared memory; a later epoch starts them again."""
@@ -64,14 +70,17 @@ class Loader:
     self._pool.close()
     self._pool = None
 
-  def _transformed(self, epoch: int, index: int) -> Sample:
-    try: return self.transform(self.dataset[index], np.random.default_rng((self.seed, epoch, index)))
+  def _transformed(self, epoch: int, index: int, canvas: tuple[int, int] | None = None) -> Sample:
+    rng = np.random.default_rng((self.seed, epoch, index))
+    try:
+      sample = self.transform(self.dataset[index], rng)
+      return pad_to(*canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
     except Exception as e:
       e.add_note(f"while loading {self.dataset.image_name(index)}")
       raise
 
   def _fill_row(self, batch: Batch, row: int, epoch: int, index: int) -> None:
-    sample = self._transformed(epoch, index)
+    sample = self._transformed(epoch, index, batch.images.shape[1:3])
     if sample.image.shape != batch.images.shape[1:]:
       raise ValueError(f"{self.dataset.image_name(index)} was transformed to {sample.image.shape}, the first image to {batch.images.shape[1:]}; "
                        "the transform must end with one fixed size")
@@ -83,30 +92,30 @@ class Loader:
 
   def _blank_rows(self, batch: Batch, first: int) -> None:
     batch.images[first:], batch.boxes[first:], batch.labels[first:], batch.image_ids[first:] = 0, 0, -1, -1
-    batch.sizes[first:] = batch.original_sizes[first:] = self._canvas
+    batch.sizes[first:] = batch.original_sizes[first:] = batch.images.shape[1:3]
 
-  def _epoch_in_process(self, epoch: int, batches: list[list[int]]) -> Iterator[Batch]:
-    for indices in batches:
-      batch = _arrays(np.empty(_batch_bytes(self), np.uint8), self)
+  def _epoch_in_process(self, epoch: int, batches: list[tuple[tuple[int, int], list[int]]]) -> Iterator[Batch]:
+    for canvas, indices in batches:
+      batch = _arrays(np.empty(_batch_bytes(self, canvas), np.uint8), self, canvas)
       for row, index in enumerate(indices): self._fill_row(batch, row, epoch, index)
       self._blank_rows(batch, len(indices))
       yield batch
 
-  def _epoch_in_pool(self, epoch: int, batches: list[list[int]]) -> Iterator[Batch]:
+  def _epoch_in_pool(self, epoch: int, batches: list[tuple[tuple[int, int], list[int]]]) -> Iterator[Batch]:
     if self._pool is None: self._pool = _Pool(self)
     pool, waiting, flying = self._pool, deque(batches), deque()
     run = pool.begin_run()
     try:
       while waiting or flying:
         while waiting and pool.free:
-          indices = waiting.popleft()
-          flying.append((pool.submit(epoch, indices), len(indices)))
-        slot, rows = flying.popleft()
-        batch = pool.collect(slot)
+          canvas, indices = waiting.popleft()
+          flying.append((pool.submit(epoch, canvas, indices), canvas, len(indices)))
+        slot, canvas, rows = flying.popleft()
+        batch = pool.collect(slot, canvas)
         self._blank_rows(batch, rows)
         if waiting:
-          indices = waiting.popleft()
-          flying.append((pool.submit(epoch, indices), len(indices)))
+          canvas, indices = waiting.popleft()
+          flying.append((pool.submit(epoch, canvas, indices), canvas, len(indices)))
         yield batch
         if pool.run != run: raise RuntimeError("this epoch ended when another one began, or when the loader was closed")
     except GeneratorExit: raise
@@ -124,7 +133,7 @@ class _Pool:
   def __init__(self, loader: Loader):
     self.loader, self.run = weakref.proxy(loader), 0
     slots = max(loader.prefetch, -(-2 * loader.workers // loader.batch_size)) + 1
-    size = 8 * (1 + loader.workers) + slots * _batch_bytes(loader)
+    size = 8 * (1 + loader.workers) + slots * _slot_bytes(loader)
     memory_file = os.memfd_create("batches") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
     os.ftruncate(memory_file, size)
     self.header, self.slots = _shared_arrays(memory_file, slots, loader)
@@ -162,7 +171,7 @@ class _Pool:
     self.free, self.errors = list(range(len(self.slots))), {}
     return self.run
 
-  def submit(self, epoch: int, indices: list[int]) -> int:
+  def submit(self, epoch: int, canvas: tuple[int, int], indices: list[int]) -> int:
     """Hand the rows of one batch to the workers that have least to do; returns the slot they will fill."""
     slot = self.free.pop()
     tasks: list[list[tuple[int, int]]] = [[] for _ in self.connections]
@@ -172,17 +181,17 @@ class _Pool:
       self.images_due[worker] += 1
     for worker, rows in enumerate(tasks):
       if not rows: continue
-      try: self.connections[worker].send((self.run, slot, epoch, rows))
+      try: self.connections[worker].send((self.run, slot, epoch, canvas, rows))
       except OSError: self._raise_dead(worker)
       self.reports_due[slot] += 1
     return slot
 
-  def collect(self, slot: int) -> Batch:
+  def collect(self, slot: int, canvas: tuple[int, int]) -> Batch:
     """Wait until the slot is full, copy it, and free it."""
     while self.reports_due[slot]: self._receive()
     if slot in self.errors: raise self.errors[slot]
     self.free.append(slot)
-    return Batch(*(array.copy() for array in vars(self.slots[slot]).values()))
+    return Batch(*(array.copy() for array in vars(_arrays(self.slots[slot], self.loader, canvas)).values()))
 
   def _receive(self) -> None:
     ready = wait(self.connections, timeout=5)
@@ -224,19 +233,20 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
     work = connection.recv_bytes()
     try:
       loader = pickle.loads(work)
-      header, batches = _shared_arrays(memory_file, slots, loader)
+      header, memory = _shared_arrays(memory_file, slots, loader)
     except Exception as e:
       failure = RuntimeError(f"a loader worker cannot rebuild the data set or the transform ({type(e).__name__}: {e}); "
                              "define them in a module, not in the main program, or set workers to 0")
     while True:
       while not connection.poll(5):
         if os.getppid() != parent: return
-      run, slot, epoch, rows = connection.recv()
+      run, slot, epoch, canvas, rows = connection.recv()
       error = failure
+      batch = None if failure else _arrays(memory[slot], loader, canvas)
       for row, index in rows:
         if error is not None or header[0] != run: break
         header[1 + worker] = index
-        try: loader._fill_row(batches[slot], row, epoch, index)
+        try: loader._fill_row(batch, row, epoch, index)
         except UserError as e: error = UserError(str(e))
         except MemoryError: error = UserError(f"{loader.dataset.image_name(index)}: memory ran out while it was loaded; lower --workers or --bs")
         except Exception: error = RuntimeError(f"a loader worker failed on {loader.dataset.image_name(index)}:\n{traceback.format_exc()}")
@@ -245,28 +255,31 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
   except (EOFError, OSError): return
 
 
-def _fields(loader: Loader) -> list[tuple[tuple[int, ...], type]]:
+def _fields(loader: Loader, canvas: tuple[int, int]) -> list[tuple[tuple[int, ...], type]]:
   """Shape and type of a batch's arrays in the order of `Batch`."""
   b, m = loader.batch_size, loader.max_boxes
-  return [((b, *loader._canvas, 3), np.uint8), ((b, m, 4), np.float32), ((b, m), np.int32), ((b, 2), np.int32), ((b, 2), np.int32), ((b,), np.int64)]
+  return [((b, *canvas, 3), np.uint8), ((b, m, 4), np.float32), ((b, m), np.int32), ((b, 2), np.int32), ((b, 2), np.int32), ((b,), np.int64)]
 
 
-def _batch_bytes(loader: Loader) -> int:
-  return sum(-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64 for shape, dtype in _fields(loader))
+def _batch_bytes(loader: Loader, canvas: tuple[int, int]) -> int:
+  return sum(-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64 for shape, dtype in _fields(loader, canvas))
 
 
-def _arrays(buffer: np.ndarray, loader: Loader) -> Batch:
+def _slot_bytes(loader: Loader) -> int: return max(_batch_bytes(loader, canvas) for canvas in loader._canvases)
+
+
+def _arrays(buffer: np.ndarray, loader: Loader, canvas: tuple[int, int]) -> Batch:
   """A batch whose arrays are parts of the u8 `buffer`."""
   arrays, offset = [], 0
-  for shape, dtype in _fields(loader):
+  for shape, dtype in _fields(loader, canvas):
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     arrays.append(buffer[offset:offset + size].view(dtype).reshape(shape))
     offset += -(-size // 64) * 64
   return Batch(*arrays)
 
 
-def _shared_arrays(memory_file: int, slots: int, loader: Loader) -> tuple[np.ndarray, list[Batch]]:
-  """The header i64 [1 + workers] (number of the current run, then the image each worker is at) and the batch slots of the shared memory."""
+def _shared_arrays(memory_file: int, slots: int, loader: Loader) -> tuple[np.ndarray, list[np.ndarray]]:
+  """The header i64 [1 + workers] (number of the current run, then the image each worker is at) and the batch slots u8 of the shared memory."""
   memory = np.frombuffer(mmap.mmap(memory_file, 0), np.uint8)
-  head, size = 8 * (1 + loader.workers), _batch_bytes(loader)
-  return memory[:head].view(np.int64), [_arrays(memory[head + i * size:head + (i + 1) * size], loader) for i in range(slots)]
+  head, size = 8 * (1 + loader.workers), _slot_bytes(loader)
+  return memory[:head].view(np.int64), [memory[head + i * size:head + (i + 1) * size] for i in range(slots)]

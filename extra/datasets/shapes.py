@@ -96,6 +96,9 @@ class Shapes:
 
   def __len__(self) -> int: return self.count
 
+  @property
+  def sizes(self) -> np.ndarray: return np.full((self.count, 2), self.size)
+
   def image_name(self, index: int) -> str: return f"{self.name}/{self.split}/{index}"
 
   def __getitem__(self, index: int) -> Sample:

@@ -14,6 +14,9 @@ class Subset:
 
   def __len__(self) -> int: return self.count
 
+  @property
+  def sizes(self) -> Any: return self.dataset.sizes[:self.count]
+
   def __getitem__(self, index: int) -> Sample: return self.dataset[range(self.count)[index]]
 
   def image_name(self, index: int) -> str: return self.dataset.image_name(index)

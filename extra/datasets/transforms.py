@@ -41,15 +41,18 @@ def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> T
   return partial(_pad_to, height, width, fill)
 
 
-def for_network(size: tuple[int, int], max_size: int) -> tuple[Transform, int, int]:
-  """How every picture comes to one canvas: `(transform, canvas height, canvas width)`.
+def for_network(size: tuple[int, int], max_size: int) -> Transform:
+  """How every picture comes to the size that the network sees it at, before it is padded (`extra.datasets.buckets`).
 
-  `size` (width, height) is the canvas itself where `max_size` is 0. Otherwise it is the shorter side, `max_size` bounds the longer one, the aspect
-  ratio is kept and the canvas a square of multiples of 32 that holds either orientation.
-  """
-  if not max_size: return resize(size[1], size[0]), size[1], size[0]
+  `size` (width, height) is that size where `max_size` is 0. Otherwise it is the shorter side, `max_size` bounds the longer one, and the aspect ratio
+  is kept."""
+  return resize_shorter(min(size), max_size) if max_size else resize(size[1], size[0])
+
+
+def one_canvas(size: tuple[int, int], max_size: int) -> tuple[int, int]:
+  """(height, width) of the canvas that holds whatever comes out of `for_network`: with `max_size` a square, for either orientation."""
   side = -(-max_size // 32) * 32
-  return compose(resize_shorter(min(size), max_size), pad_to(side, side)), side, side
+  return (side, side) if max_size else (size[1], size[0])
 
 
 def horizontal_flip(p: float = 0.5) -> Transform:
@@ -112,10 +115,15 @@ def _resize(height: int, width: int, sample: Sample, rng: np.random.Generator) -
   return replace(sample, image=image, boxes=boxes, content_size=(height, width))
 
 
+def resized_sizes(sizes: np.ndarray, shorter: int, maximum: int) -> np.ndarray:
+  """What `resize_shorter` makes of pictures of `sizes` i64 [N,2], (height, width) each."""
+  short, long = sizes.min(1, keepdims=True), sizes.max(1, keepdims=True)
+  fits = shorter * long <= maximum * short
+  return np.maximum(1, sizes * np.where(fits, shorter, maximum) // np.where(fits, short, long))
+
+
 def _resize_shorter(shorter: int, maximum: int, sample: Sample, rng: np.random.Generator) -> Sample:
-  h, w = sample.content_size
-  top, bottom = (shorter, min(h, w)) if shorter * max(h, w) <= maximum * min(h, w) else (maximum, max(h, w))
-  return _resize(max(1, h * top // bottom), max(1, w * top // bottom), sample, rng)
+  return _resize(*resized_sizes(np.array([sample.content_size]), shorter, maximum)[0].tolist(), sample, rng)
 
 
 def _pad_to(height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:

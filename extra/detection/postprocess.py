@@ -163,7 +163,7 @@ def _nms(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) ->
 
 # ---- device form
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def _graphs(level_sizes: tuple[int, ...], shape: tuple[int, int, int], logits_dtype: object, deltas_dtype: object, device: str | tuple[str, ...],
             rejected: float, topk: int, nms_threshold: float, max_detections: int) -> tuple[TinyJit, TinyJit]:
   """Captured graphs of `_candidates` and `_suppress`; the arguments are all that shapes them."""

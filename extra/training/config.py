@@ -33,6 +33,11 @@ def show_size(value: tuple[int, int]) -> str:
   return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
 
 
+def show_input(size: tuple[int, int], max_size: int) -> str:
+  """The size that a network sees pictures at, in words: `size` (width, height), or with `max_size` the shorter side and the longer one at most."""
+  return f"{min(size)} to {max_size} pixels" if max_size else f"{size[0]}x{size[1]}"
+
+
 def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str], environ: Mapping[str, str],
           default_preset: str | None = None) -> Config:
   """Fill config_class, a dataclass of `option`s, from a flag, else the environment, else the preset, else the default.

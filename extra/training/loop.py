@@ -1,9 +1,15 @@
 """The loop that every trainer here runs. A task brings its losses; this brings the gradient, the update, the log and the clock."""
 import contextlib, itertools, math, time
+from types import SimpleNamespace
 from typing import Any
+from collections import Counter
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 import numpy as np
 from tinygrad import Context, GlobalCounters, Tensor, TinyJit
+from tinygrad.dtype import DType
+from tinygrad.schedule import memory
+from tinygrad.uop.ops import UOp
 from extra.errors import UserError
 from extra.training.optim import Optimizer
 from extra.training.resume import Checkpoints
@@ -11,17 +17,35 @@ from extra.training.signals import Signals, Stopped
 from extra.training.tracking import Progress, Tracker, warn
 
 
-def jit(function: Callable) -> TinyJit:
-  """A `TinyJit` that captures at its first call rather than its second, so the graph is scheduled once. All its inputs and state must be realised."""
-  jitted = TinyJit(function)
-  jitted.cnt = 1
-  return jitted
+def jit(function: Callable) -> Callable:
+  """`function` of tensors as a captured graph (`TinyJit`) for each set of their shapes. All its inputs and state must be realised.
+
+  A graph is captured at the first call with its shapes rather than the second, so that it is scheduled once. What the graphs compute on the way lies
+  in one memory, the first one's if it is the largest: they never run at the same time."""
+  graphs: dict[tuple, TinyJit] = {}
+  workspaces: dict[tuple, UOp] = {}
+
+  def call(*tensors: Tensor) -> Any:
+    if (shapes := tuple(tensor.shape for tensor in tensors)) in graphs: return graphs[shapes](*tensors)
+    count: Counter = Counter()   # a device has a workspace for kernels and one for copies
+    def workspace(device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
+      count[device] += 1
+      if (at := (device, count[device])) not in workspaces or workspaces[at].max_numel() < size:
+        workspaces[at] = UOp.new_buffer(device, size, dtype)
+      return workspaces[at]
+    graph = TinyJit(function)
+    graph.cnt = 1
+    # tinygrad's planner of that memory asks for it here, and nowhere else
+    with patch.object(memory, "UOp", SimpleNamespace(new_buffer=workspace)): result = graph(*tensors)
+    graphs[shapes] = graph
+    return result
+  return call
 
 
 def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, buffers: list[Tensor], accumulate: int = 1,
               start: int = 0) -> Callable:
   """A training step as captured graphs. `step(*tensors)` starts it and returns `read() -> {name: float}`, which waits for it: the losses, and `lr`
-  and what `Optimizer.update` logs where the weights were updated.
+  and what `Optimizer.update` logs where the weights were updated. Tensors of another shape are another graph of the same step.
 
   Args: `losses(*tensors)` returns scalars by name, "loss" being the one to descend; `buffers` are tensors that it assigns (running statistics).
   With `accumulate` > 1 a step adds its gradient to the optimiser's sums, and every `accumulate`-th step updates the weights with their mean; `start`
@@ -84,7 +108,7 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors."""
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
-  progress, since = Progress(per_epoch * epochs, loader.batch_size), None
+  progress, since, timed, compiled = Progress(per_epoch * epochs, loader.batch_size), None, 0, set()
 
   def save() -> None: checkpoints.save(done, {"epoch": done / per_epoch, "evaluated": evaluated, "window": window, "skipped": skipped})
 
@@ -123,8 +147,9 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
           raise UserError(f"{skipped} steps in a row were not finite; the last, {done}, had {_not_finite(scalars)}{reason and ': '}{reason} "
                           f"(pictures: {names}); lower --lr, lengthen --warmup or set --clip-norm, and resume from the last checkpoint")
       window.append(scalars)
-      if since is None: since, timed = time.monotonic(), 0   # the first step compiles: not counted as speed
-      else: timed += 1
+      if (shapes := tuple(getattr(tensor, "shape", None) for tensor in used)) in compiled: timed += 1
+      else: since, timed = time.monotonic(), 0   # the first step of a shape compiles: not counted as speed
+      compiled.add(shapes)
       progress.update(done, scalars["loss"], GlobalCounters.mem_used)
       if len(window) == log_every or (batch is None and failure is None):
         means = {f"train/{name}": _mean([s[name] for s in window if name in s]) for name in dict.fromkeys(k for s in window for k in s)}
