@@ -22,12 +22,13 @@ from extra.nn.layers import NORMS
 from extra.training import report
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
-from extra.training.parallel import devices, replicate, to_devices
+from extra.training.parallel import devices, replicate, take_devices, to_devices
 from extra.training.precision import DTYPES
+from extra.training.ranks import Ranks, join
 from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
 from extra.training.signals import Signals
-from extra.training.tracking import Tracker, duration
-from extra.training.trainer import TrainerConfig, make_optimizer
+from extra.training.tracking import Tracker, Untracked, duration
+from extra.training.trainer import TrainerConfig, check_batch_size, make_optimizer
 from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
@@ -88,12 +89,14 @@ def losses_and_ranks(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
   return np.log(np.exp(logits - top).sum(1)) + (top - own)[:, 0], (~(logits < own)).sum(1)
 
 
-def main(config: Config) -> None:
+def main(config: Config, ranks: Ranks) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
   resize = config.resize or round(config.size / 0.875)
-  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
-  folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  check_batch_size(config, ranks)
+  folder, lock, state, resumed = None, None, {}, None
+  if ranks.rank == 0: folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  resumed = ranks.broadcast(resumed)
   if resize < config.size: raise UserError(f"--resize {resize}: is less than --size {config.size}, which is cut out of it")
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
@@ -110,38 +113,41 @@ def main(config: Config) -> None:
   fit = center_crop_resize(resize, config.size)
   augment = [random_resized_crop(config.size, config.size, (config.crop_scale, 1.0)), *[photometric_jitter()] * config.photometric,
              *[horizontal_flip(config.flip)] * (config.flip > 0)]
-  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers, max_boxes=1)
-  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, max_boxes=1)
+  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers,
+                        shard=(ranks.rank, ranks.size), max_boxes=1)
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, shard=(ranks.rank, ranks.size), max_boxes=1)
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = config.backbone
   model = resnet.build(name, num_classes, config.norm, config.seed)
-  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed and ranks.rank == 0 else []
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
-  if resumed: restore(model, optimizer, state, config.resume)
+  if resumed and ranks.rank == 0: restore(model, optimizer, state, config.resume)
+  ranks.spread([*tensors.values(), *optimizer.state().values()])
   replicate([*tensors.values(), *optimizer.state().values()], gpus)
 
   def losses(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     logits = model(normalize(images, DTYPES[config.dtype])).float().contiguous()
     return {"loss": cross_entropy(logits, labels, config.label_smoothing), "accuracy": (logits.argmax(1) == labels).cast(dtypes.float32).mean()}
 
-  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
+  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0, ranks, config.wire)
 
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  tracker = Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target, mode=config.wandb, resume=resumed, lock=lock)
+  tracker = Untracked() if ranks.rank else Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target,
+                                                   mode=config.wandb, resume=resumed, lock=lock)
   about = {"model": name, "norm": config.norm, "num_classes": num_classes, "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [config.size, config.size], "resize": resize, "config": as_dict(config),
            "run_id": tracker.id, "best_top1": resumed["best_top1"] if resumed else -1.0}
   checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
-                            every_minutes=config.save_minutes)
+                            every_minutes=config.save_minutes, ranks=ranks)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {num_classes} classes, {len(train_set)} training and "
         f"{len(val_set)} validation pictures at {config.size}x{config.size} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
-  report.save_environment(tracker.folder, config.sources)
+  if ranks.rank == 0: report.save_environment(tracker.folder, config.sources)
   print(f"run: {tracker.folder}   (the first step compiles: half a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -149,7 +155,7 @@ def main(config: Config) -> None:
   def forward(images: Tensor) -> Tensor:
     with Context(TRAINING=0): return model(normalize(images, DTYPES[config.dtype])).float().contiguous()
 
-  scores, signals = None, Signals()
+  scores, signals = None, Signals(ranks)
 
   def draw(batch, logits: np.ndarray, done: int, count: int) -> None:
     """Draw the first `count` pictures of `batch`, each with its class and the likeliest one."""
@@ -161,16 +167,17 @@ def main(config: Config) -> None:
 
   def evaluate(done: int) -> dict[str, float]:
     """Top-1, top-5 and loss over the validation pictures."""
-    losses, ranks, drawn = [], [], 0
+    losses, places, drawn = [], [], 0
     for batch in val_loader.epoch(0):
       signals.raise_if_stopped()
       real = np.count_nonzero(batch.image_ids >= 0)   # the last batch is filled up at its end
       logits = forward(to_devices(batch.images, gpus)).numpy()[:real]
       draw(batch, logits, done, config.pictures - drawn)
       drawn += real
-      for values, new in zip((losses, ranks), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
-    ranks = np.concatenate(ranks)
-    return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(np.concatenate(losses).mean())}
+      for values, new in zip((losses, places), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
+    found = ranks.broadcast(ranks.gather([np.concatenate(losses), np.concatenate(places)]))
+    loss, place = (np.concatenate(parts) for parts in zip(*found))
+    return {"top1": float(np.mean(place <= 1)), "top5": float(np.mean(place <= min(5, num_classes))), "loss": float(loss.mean())}
 
   def after_epoch(epoch: int, done: int, log: bool = True) -> bool | None:
     """Evaluate, draw, keep the best; True ends the run."""
@@ -194,7 +201,7 @@ def main(config: Config) -> None:
     with signals:
       train(step, train_loader, lambda batch: (to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)), tracker, checkpoints, signals,
             epochs=config.epochs, start=resumed or None, log_every=config.log_every, max_skipped=config.max_skipped, after_epoch=after_epoch,
-            explain=explain)
+            explain=explain, ranks=ranks)
       if scores is None: after_epoch(config.epochs, resumed["step"] if resumed else 0, log=False)
       checkpoints.finish()
     best = about["best_top1"]
@@ -210,15 +217,17 @@ def main(config: Config) -> None:
     train_loader.close()
     val_loader.close()
     tracker.finish()
-    print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
+    if ranks.rank == 0: print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
 
 
 if __name__ == "__main__":
-  with exit_on_user_error():
+  with exit_on_user_error(), join() as ranks:
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone)) if ranks.rank == 0 else None
     if folder is not None and (folder / "config.json").is_file():
       config = parse(Config, {"resumed": recall(Config, folder / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
+    take_devices(ranks, config.gpus)
     require_device()
-    main(config)
+    main(config, ranks)

@@ -152,6 +152,13 @@ class Tracker:
     if self._wandb is not None: _tear_down(self._wandb)
 
 
+class Untracked:
+  """The record that a rank other than the first keeps of a run: none."""
+  folder, id = Path(os.devnull), ""
+  def nothing(self, *_: Any, **__: Any) -> None: """Do nothing."""
+  log = picture = summary = finish = nothing
+
+
 class Progress:
   """One line about a running loop: rewritten in place on a terminal, printed every `interval` seconds elsewhere.
 
