@@ -1,6 +1,8 @@
 from pathlib import Path
 from setuptools import find_packages, setup
 
+DISTRIBUTED = ["mpi4py>=4.1; sys_platform != 'win32'", "mpich>=4.3; sys_platform != 'win32'"]
+
 setup(
   name="tinydet",
   version="0.1.0",
@@ -16,10 +18,12 @@ setup(
                     "requests>=2.32", "urllib3>=2",   # many small files at once; wandb brings them anyway, 2 tells when one broke off
                     "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
-  extras_require={"video": ["av>=15.1"],
+  extras_require={# several processes and machines: mpich has mpirun, and needs nothing of the system
+                  "distributed": DISTRIBUTED,
+                  "video": ["av>=15.1"],
                   # opens reports in the system's Chromium, where there is one (test/test_report.py)
                   "browser": ["playwright>=1.50"],
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1"],
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )

@@ -23,12 +23,13 @@ from extra.training import panels, report
 from extra.training.find_lr import find_lr
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
-from extra.training.parallel import devices, replicate, to_devices
+from extra.training.parallel import devices, replicate, take_devices, to_devices
 from extra.training.precision import DTYPES
+from extra.training.ranks import Ranks, join
 from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
 from extra.training.signals import Signals
-from extra.training.tracking import Tracker, duration
-from extra.training.trainer import TrainerConfig, make_optimizer
+from extra.training.tracking import Tracker, Untracked, duration
+from extra.training.trainer import TrainerConfig, check_batch_size, make_optimizer
 from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
@@ -92,13 +93,15 @@ def losses_and_ranks(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
   return np.log(np.exp(logits - top).sum(1)) + (top - own)[:, 0], (~(logits < own)).sum(1)
 
 
-def main(config: Config) -> None:
+def main(config: Config, ranks: Ranks) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
   resize = config.resize or round(config.size / 0.875)
-  if config.find_lr and config.resume: raise UserError("--find-lr: sweeps from the weights that --weights names; leave out --resume")
-  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
-  folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  if config.find_lr and (config.resume or ranks.size > 1): raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
+  check_batch_size(config, ranks)
+  folder, lock, state, resumed = None, None, {}, None
+  if ranks.rank == 0: folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  resumed = ranks.broadcast(resumed)
   if resize < config.size: raise UserError(f"--resize {resize}: is less than --size {config.size}, which is cut out of it")
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
@@ -115,25 +118,27 @@ def main(config: Config) -> None:
   fit = center_crop_resize(resize, config.size)
   augment = [random_resized_crop(config.size, config.size, (config.crop_scale, 1.0)), *[photometric_jitter()] * config.photometric,
              *[horizontal_flip(config.flip)] * (config.flip > 0)]
-  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers, max_boxes=1)
-  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, max_boxes=1)
+  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers,
+                        shard=(ranks.rank, ranks.size), max_boxes=1)
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, shard=(ranks.rank, ranks.size), max_boxes=1)
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = config.backbone
   model = resnet.build(name, num_classes, config.norm, config.seed)
-  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed and ranks.rank == 0 else []
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
-  if resumed: restore(model, optimizer, state, config.resume)
+  if resumed and ranks.rank == 0: restore(model, optimizer, state, config.resume)
+  ranks.spread([*tensors.values(), *optimizer.state().values()])
   replicate([*tensors.values(), *optimizer.state().values()], gpus)
 
   def losses(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     logits = model(normalize(images, DTYPES[config.dtype])).float().contiguous()
     return {"loss": cross_entropy(logits, labels, config.label_smoothing), "accuracy": (logits.argmax(1) == labels).cast(dtypes.float32).mean()}
 
-  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
+  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0, ranks, config.wire)
 
   def to_device(batch) -> tuple[Tensor, ...]: return to_devices(batch.images, gpus), to_devices(batch.labels[:, 0], gpus)
 
@@ -142,19 +147,21 @@ def main(config: Config) -> None:
     return
 
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  tracker = Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target, mode=config.wandb, resume=resumed, lock=lock,
-                    tags=config.tags, group=config.group, artifacts=config.artifacts)
+  tracker = Untracked() if ranks.rank else Tracker(folder, as_dict(config), project=config.project, score="top1", target=config.target,
+                                                   mode=config.wandb, resume=resumed, lock=lock, tags=config.tags, group=config.group,
+                                                   artifacts=config.artifacts)
   about = {"model": name, "norm": config.norm, "num_classes": num_classes, "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": [config.size, config.size], "resize": resize, "config": as_dict(config),
            "run_id": tracker.id, "best_top1": resumed["best_top1"] if resumed else -1.0}
   checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
-                            every_minutes=config.save_minutes)
+                            every_minutes=config.save_minutes, ranks=ranks)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {num_classes} classes, {len(train_set)} training and "
         f"{len(val_set)} validation pictures at {config.size}x{config.size} on {', '.join(gpus)}")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
-  report.save_environment(tracker.folder, config.sources)
-  if why := report.update(tracker.folder): print(f"note: {why}")
+  if ranks.rank == 0:
+    report.save_environment(tracker.folder, config.sources)
+    if why := report.update(tracker.folder): print(f"note: {why}")
   print(f"run: {tracker.folder}   (the first step compiles: half a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -162,7 +169,7 @@ def main(config: Config) -> None:
   def forward(images: Tensor) -> Tensor:
     with Context(TRAINING=0): return model(normalize(images, DTYPES[config.dtype])).float().contiguous()
 
-  scores, signals = None, Signals()
+  scores, signals = None, Signals(ranks)
 
   def draw(batch, chances: np.ndarray, done: int, count: int) -> None:
     """Draw the first `count` pictures of `batch`, each with its class and the likeliest one, given the chances [N,K] of all classes."""
@@ -172,7 +179,7 @@ def main(config: Config) -> None:
 
   def evaluate(done: int, epoch: int) -> dict[str, float]:
     """Top-1, top-5 and loss over the validation pictures."""
-    losses, ranks, found, drawn = [], [], [], 0
+    losses, places, found, drawn = [], [], [], 0
     for batch in val_loader.epoch(0):
       signals.raise_if_stopped()
       real = np.count_nonzero(batch.image_ids >= 0)   # the last batch is filled up at its end
@@ -181,11 +188,13 @@ def main(config: Config) -> None:
       chances /= chances.sum(1, keepdims=True)
       draw(batch, chances, done, config.pictures - drawn)
       drawn += real
-      found.append(np.stack([batch.labels[:real, 0], chances.argmax(1), chances.max(1)], 1))
-      for values, new in zip((losses, ranks), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
-    losses, ranks, found = map(np.concatenate, (losses, ranks, found))
-    tracker.show(lambda wandb: show_worst(wandb, losses, found), done, epoch)
-    return {"top1": float(np.mean(ranks <= 1)), "top5": float(np.mean(ranks <= min(5, num_classes))), "loss": float(losses.mean())}
+      found.append(np.stack([batch.image_ids[:real], batch.labels[:real, 0], chances.argmax(1), chances.max(1)], 1))
+      for values, new in zip((losses, places), losses_and_ranks(logits, batch.labels[:real, 0])): values.append(new)
+    parts = ranks.gather([np.concatenate(values) for values in (losses, places, found)])
+    loss, place, found = ranks.broadcast([np.concatenate(part) for part in zip(*parts)])
+    loss, place, found = (values[np.argsort(found[:, 0])] for values in (loss, place, found))   # image ids count up in the data set's order
+    tracker.show(lambda wandb: show_worst(wandb, loss, found[:, 1:]), done, epoch)
+    return {"top1": float(np.mean(place <= 1)), "top5": float(np.mean(place <= min(5, num_classes))), "loss": float(loss.mean())}
 
   def show_worst(wandb, losses: np.ndarray, found: np.ndarray) -> dict:
     """wandb's panels, given the losses [N] and found [N,3], the true label, the likeliest one and its chance, of all validation pictures."""
@@ -218,7 +227,7 @@ def main(config: Config) -> None:
   try:
     with signals:
       train(step, train_loader, to_device, tracker, checkpoints, signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every,
-            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain)
+            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain, ranks=ranks)
       if scores is None: after_epoch(config.epochs, resumed["step"] if resumed else 0, log=False)
       checkpoints.finish()
     best = about["best_top1"]
@@ -233,16 +242,18 @@ def main(config: Config) -> None:
   finally:
     train_loader.close()
     val_loader.close()
-    print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
+    if ranks.rank == 0: print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
     tracker.finish()
 
 
 if __name__ == "__main__":
-  with exit_on_user_error():
+  with exit_on_user_error(), join() as ranks:
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone)) if ranks.rank == 0 else None
     if folder is not None and (folder / "config.json").is_file():
       config = parse(Config, {"resumed": recall(Config, folder / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
+    take_devices(ranks, config.gpus)
     require_device()
-    main(config)
+    main(config, ranks)

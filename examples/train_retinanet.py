@@ -31,12 +31,13 @@ from extra.training import panels, report
 from extra.training.find_lr import find_lr
 from extra.training.loop import jit, make_step, train
 from extra.training.numerics import first_not_finite
-from extra.training.parallel import devices, replicate, to_devices
+from extra.training.parallel import devices, replicate, take_devices, to_devices
 from extra.training.precision import DTYPES
+from extra.training.ranks import Ranks, join
 from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
 from extra.training.signals import Signals
-from extra.training.tracking import Tracker, duration
-from extra.training.trainer import TrainerConfig, make_optimizer
+from extra.training.tracking import Tracker, Untracked, duration
+from extra.training.trainer import TrainerConfig, check_batch_size, make_optimizer
 from extra.training.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
@@ -101,15 +102,18 @@ PRESETS = {
              "target": 0.34, "stop_at_target": True, "workers": 8, "log_every": 50}}
 
 
-def main(config: Config) -> None:
+def main(config: Config, ranks: Ranks) -> None:
   started = time.monotonic()
   gpus = devices(config.gpus)
-  if config.find_lr and config.resume: raise UserError("--find-lr: sweeps from the weights that --weights names; leave out --resume")
-  if config.bs % config.gpus: raise UserError(f"--bs {config.bs}: is not a multiple of --gpus {config.gpus}")
-  folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  if config.find_lr and (config.resume or ranks.size > 1): raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
+  check_batch_size(config, ranks)
+  folder, lock, state, resumed = None, None, {}, None
+  if ranks.rank == 0: folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+  resumed = ranks.broadcast(resumed)
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  splits, wrong, data = [], [], local_folder(config.data, config.data_dir)
+  splits, wrong = [], []
+  with ranks.in_turn(): data = local_folder(config.data, config.data_dir)   # one downloads, the others find it there
   for split, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
     options = {"size": max(config.size), "count": count} if embedded(config.data) else {"strict": config.strict}
     try: splits.append(open_dataset(data, split, **options))
@@ -127,20 +131,21 @@ def main(config: Config) -> None:
     augment, train_buckets = [*augment, scale_jitter(0.5, 2.0, *canvas)], one_bucket(len(train_set), canvas)
   else: augment = [fit, *augment]
   train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers,
-                        buckets=train_buckets)
-  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, buckets=val_buckets)
+                        buckets=train_buckets, shard=(ranks.rank, ranks.size))
+  val_loader = Loader(val_set, config.bs, fit, workers=config.workers, buckets=val_buckets, shard=(ranks.rank, ranks.size))
 
   # ---------------------------------------------------------------------------------------------------------------------------- model
   name = f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2")
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   model = retinanet.build(name, len(train_set.class_names), norm, config.seed)
-  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed else []
+  notes = load_weights(config.weights, model, name) if config.weights != "none" and not resumed and ranks.rank == 0 else []
   if config.weights != "none": retinanet.freeze(model, config.trainable_layers)   # random layers are no use fixed (torchvision does the same)
   tensors = get_state_dict(model)
   params = {key: t for key, t in tensors.items() if t.is_param}
   buffers = [t for t in tensors.values() if not t.is_param]
   optimizer = make_optimizer(config, params, len(train_loader))
-  if resumed: restore(model, optimizer, state, config.resume)
+  if resumed and ranks.rank == 0: restore(model, optimizer, state, config.resume)
+  ranks.spread([*tensors.values(), *optimizer.state().values()])
   level_anchors = {canvas: Tensor(anchors(*canvas)) for canvas in {*train_buckets.canvases, *val_buckets.canvases}}
   replicate([*tensors.values(), *optimizer.state().values(), *level_anchors.values()], gpus)
 
@@ -151,7 +156,7 @@ def main(config: Config) -> None:
     classification, regression = detection_losses(*outputs, here, classes, matched, config.box_loss)
     return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
 
-  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0)
+  step = make_step(losses, optimizer, buffers, config.accumulate, resumed["step"] if resumed else 0, ranks, config.wire)
 
   def to_device(batch) -> tuple[Tensor, ...]: return tuple(to_devices(a, gpus) for a in (batch.images, batch.boxes, batch.labels))
 
@@ -160,21 +165,22 @@ def main(config: Config) -> None:
     return
 
   # ---------------------------------------------------------------------------------------------------------------------------- log
-  tracker = Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb, resume=resumed, lock=lock,
-                    tags=config.tags, group=config.group, artifacts=config.artifacts)
+  tracker = Untracked() if ranks.rank else Tracker(folder, as_dict(config), project=config.project, target=config.target, mode=config.wandb,
+                                                   resume=resumed, lock=lock, tags=config.tags, group=config.group, artifacts=config.artifacts)
   about = {"model": name, "norm": norm, "num_classes": len(train_set.class_names), "class_names": train_set.class_names,
            "category_ids": train_set.category_ids, "size": list(config.size), "max_size": config.max_size, "config": as_dict(config),
            "run_id": tracker.id, "best_mAP": resumed["best_mAP"] if resumed else -1.0}
   checkpoints = Checkpoints(tracker.folder, model, optimizer, about, keep=config.keep, every_steps=config.save_steps,
-                            every_minutes=config.save_minutes)
+                            every_minutes=config.save_minutes, ranks=ranks)
   print(f"{name}: {sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, "
         f"{len(train_set)} training and {len(val_set)} validation pictures at {show_input(config.size, config.max_size)} on {', '.join(gpus)}")
   if config.max_size: print(f"training on {train_buckets}\nvalidation on {val_buckets}\nnote: each canvas compiles when it first comes, "
                             f"{len(train_buckets.canvases)} for training and {len(val_buckets.canvases)} for validation")
   print(f"settings: {describe(config) or 'the defaults'}")
   for note in notes: print(f"note: {note}")
-  report.save_environment(tracker.folder, config.sources)
-  if why := report.update(tracker.folder): print(f"note: {why}")
+  if ranks.rank == 0:
+    report.save_environment(tracker.folder, config.sources)
+    if why := report.update(tracker.folder): print(f"note: {why}")
   print(f"run: {tracker.folder}   (the first step compiles: about a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -202,7 +208,8 @@ def main(config: Config) -> None:
     with optimizer.averaged():
       metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), level_anchors,
                         CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
-      result = metric.compute()
+      for found in ranks.gather(metric.found): metric.found |= found
+      result = ranks.broadcast(metric.compute() if ranks.rank == 0 else None)
       if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
         about["best_mAP"] = mAP
         checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half)
@@ -216,16 +223,16 @@ def main(config: Config) -> None:
       ranked = sorted(analysis["worst"] + analysis["best"], key=lambda entry: entry["quality"])
       pictures = report.ranked_pictures(ranked, val_set, metric, analysis["score_threshold"])
       tracker.show(lambda wandb: panels.of_detector(wandb, analysis, pictures, val_set.class_names), done, epoch)
-    if why := report.update(tracker.folder, record): print(f"note: {why}")
+    if ranks.rank == 0 and (why := report.update(tracker.folder, record)): print(f"note: {why}")
     return config.stop_at_target and config.target is not None and about["best_mAP"] >= config.target
 
   # ---------------------------------------------------------------------------------------------------------------------------- loop
-  drawn, done_steps, signals = [], resumed["step"] if resumed else 0, Signals()
+  drawn, done_steps, signals = [], resumed["step"] if resumed else 0, Signals(ranks)
   explain = partial(first_not_finite, model, losses) if config.debug_numerics else lambda *_: ""
   try:
     with signals:
       train(step, train_loader, to_device, tracker, checkpoints, signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every,
-            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain)
+            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain, ranks=ranks)
       if result is None: after_epoch(config.epochs, done_steps, log=False)
       checkpoints.finish()
     best = about["best_mAP"]
@@ -238,16 +245,18 @@ def main(config: Config) -> None:
     checkpoints.wait()
     train_loader.close()
     val_loader.close()
-    print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
+    if ranks.rank == 0: print(report.update(tracker.folder) or f"report: {tracker.folder / 'report.html'}")
     tracker.finish()
 
 
 if __name__ == "__main__":
-  with exit_on_user_error():
+  with exit_on_user_error(), join() as ranks:
     config = parse(Config, PRESETS, sys.argv[1:], os.environ, "demo")
     if not embedded(config.data): config = parse(Config, PRESETS, sys.argv[1:], os.environ, "folder")
-    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
+    folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone)) if ranks.rank == 0 else None
     if folder is not None and (folder / "config.json").is_file():
       config = parse(Config, {"resumed": recall(Config, folder / "config.json")}, sys.argv[1:], os.environ, "resumed")
+    config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
+    take_devices(ranks, config.gpus)
     require_device()
-    main(config)
+    main(config, ranks)

@@ -114,10 +114,11 @@ def test_one_seed_gives_one_run_and_a_saved_run_goes_on_exactly(six_steps, tmp_p
   assert_same_state(after.state(), states[6])
 
 
-def test_two_devices_equal_one(six_steps):
+@pytest.mark.parametrize("count", [2, 4])
+def test_devices_equal_one(count, six_steps):
   """Batch norm included: its statistics are those of the whole batch."""
   logs, states = six_steps
-  run = Run(names=("CPU", "CPU:1"))
+  run = Run(names=("CPU", "CPU:1", "CPU:2", "CPU:3")[:count])
   for batch, expected in zip(batches(4), logs): assert run(batch) == pytest.approx(expected, rel=1e-5, abs=1e-6)
   for key, value in run.state().items(): np.testing.assert_allclose(value, states[4][key], rtol=1e-4, atol=1e-5, err_msg=key)
   np.testing.assert_allclose(run.state()["norm.running_var"], states[4]["norm.running_var"], rtol=1e-6)
@@ -150,6 +151,17 @@ def test_an_update_that_is_not_finite_changes_nothing():
   assert run(bad)["skipped"] == 1
   assert all(np.isfinite(value).all() for value in run.state().values())
   assert run(second)["skipped"] == 0 and run.state()["steps"] == 2
+
+
+def test_sums_that_are_not_finite_change_nothing():
+  """A loss that is not finite though its gradient is, in the first of two steps whose gradients are added up."""
+  run = Run("frozen", accumulate=2, poison=lambda images: (images.max() > 90).where(math.nan, 0.0))
+  bad, good = list(batches(2))
+  bad[0][0, 0, 0, 0] = 99.0
+  before = run.state()
+  assert math.isnan(run(bad)["loss"]) and run(good)["skipped"] == 1
+  after = run.state()
+  for key in before: np.testing.assert_array_equal(after[key], before[key], err_msg=key)
 
 
 def test_the_loss_scale_changes_no_update_and_adapts(monkeypatch):

@@ -27,12 +27,13 @@ class Loader:
   with all-zero images of image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the data set's own
   maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
   all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be
-  picklable then. A batch's arrays belong to the caller.
+  picklable then. With `shard` = (rank, ranks) it yields the rank's rows of each batch, a part of `batch_size` / ranks; of a last batch that is filled
+  up, that part may be all filling. A batch's arrays belong to the caller.
   Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None):
+               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1)):
     if len(dataset) < (batch_size if drop_last else 1):
       raise UserError(f"{dataset.name}: its {len(dataset)} images do not fill one batch of {batch_size}; choose a smaller batch size")
     if workers and os.name != "posix": raise UserError("workers: loading in other processes needs Linux or macOS; set workers to 0")
@@ -40,6 +41,10 @@ class Loader:
     self.seed, self.shuffle, self.drop_last, self.workers, self.prefetch = seed, shuffle, drop_last, workers, prefetch
     self.max_boxes = max(8, -(-dataset.max_boxes // 8) * 8) if max_boxes is None else max_boxes
     self.buckets, self._canvases = buckets, buckets.canvases if buckets else None
+    rank, ranks = shard
+    if batch_size % ranks: raise UserError(f"a batch of {batch_size} cannot be divided evenly among {ranks} processes")
+    self.rows = batch_size // ranks
+    self._mine = slice(rank * self.rows, (rank + 1) * self.rows)
     self._pool: _Pool | None = None
 
   def __len__(self) -> int:
@@ -49,7 +54,7 @@ class Loader:
   def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
     """The batches of epoch `epoch` from batch `start` on; the earlier ones are not loaded. Beginning an epoch ends the one before."""
     if self._canvases is None: self._canvases = (self._transformed(epoch, 0).image.shape[:2],)
-    batches = self._batches(epoch)[start:]
+    batches = [(canvas, pictures[self._mine]) for canvas, pictures in self._batches(epoch)[start:]]
     return self._epoch_in_pool(epoch, batches) if self.workers else self._epoch_in_process(epoch, batches)
 
   def names(self, epoch: int, batch: int) -> list[str]:
@@ -132,7 +137,7 @@ class _Pool:
 
   def __init__(self, loader: Loader):
     self.loader, self.run = weakref.proxy(loader), 0
-    slots = max(loader.prefetch, -(-2 * loader.workers // loader.batch_size)) + 1
+    slots = max(loader.prefetch, -(-2 * loader.workers // loader.rows)) + 1
     size = 8 * (1 + loader.workers) + slots * _slot_bytes(loader)
     memory_file = os.memfd_create("batches") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
     os.ftruncate(memory_file, size)
@@ -257,7 +262,7 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
 
 def _fields(loader: Loader, canvas: tuple[int, int]) -> list[tuple[tuple[int, ...], type]]:
   """Shape and type of a batch's arrays in the order of `Batch`."""
-  b, m = loader.batch_size, loader.max_boxes
+  b, m = loader.rows, loader.max_boxes
   return [((b, *canvas, 3), np.uint8), ((b, m, 4), np.float32), ((b, m), np.int32), ((b, 2), np.int32), ((b, 2), np.int32), ((b,), np.int64)]
 
 

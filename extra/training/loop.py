@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 import numpy as np
-from tinygrad import Context, GlobalCounters, Tensor, TinyJit
+from tinygrad import Context, GlobalCounters, Tensor, TinyJit, dtypes
 from tinygrad.dtype import DType
+from tinygrad.helpers import to_tuple
 from tinygrad.schedule import memory
 from tinygrad.uop.ops import UOp
 from extra.errors import UserError
 from extra.training.optim import Optimizer
+from extra.training.ranks import ALONE, WIRES, Exchange, Ranks
 from extra.training.resume import Checkpoints
 from extra.training.signals import Signals, Stopped
 from extra.training.tracking import Progress, Tracker, warn
@@ -43,18 +45,32 @@ def jit(function: Callable) -> Callable:
 
 
 def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, buffers: list[Tensor], accumulate: int = 1,
-              start: int = 0) -> Callable:
+              start: int = 0, ranks: Ranks = ALONE, wire: str = "float32") -> Callable:
   """A training step as captured graphs. `step(*tensors)` starts it and returns `read() -> {name: float}`, which waits for it: the losses, and `lr`
   and what `Optimizer.update` logs where the weights were updated. Tensors of another shape are another graph of the same step.
 
   Args: `losses(*tensors)` returns scalars by name, "loss" being the one to descend; `buffers` are tensors that it assigns (running statistics).
   With `accumulate` > 1 a step adds its gradient to the optimiser's sums, and every `accumulate`-th step updates the weights with their mean; `start`
-  is the number of steps done before."""
+  is the number of steps done before.
+  Several `ranks` each give the step their own part of the batch. Before an update, `read` adds up gradients and running statistics over them, the
+  former as `wire` (see ranks.WIRES), in one all-reduce for each dtype, and gives the means of the scalars: all make the same update, or none."""
   params, names, sums = list(optimizer.params.values()), {}, list(optimizer.sums.values())
   Tensor.realize(*params, *buffers, *optimizer.state().values())
 
+  moved: list[Tensor] = []   # buffers that `losses` assigns, as far as they have a mean
+  def traced(*tensors: Tensor) -> dict[str, Tensor]:
+    before = [b.uop for b in buffers]
+    scalars = losses(*tensors)
+    moved[:] = [b for b, uop in zip(buffers, before) if b.uop is not uop and dtypes.is_float(b.dtype)]
+    return scalars
+
   def gradient(loss: Tensor) -> list[Tensor]:
     return (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale[:1].reshape(())).gradient(*params)
+
+  def poisoned(loss: Tensor) -> list[Tensor]:
+    """The gradient, NaN where the loss is not finite, which need not show in its gradient."""
+    poison = loss.isfinite().where(0.0, math.nan).contiguous()
+    return [g + poison for g in gradient(loss)]
 
   def finish(graph: str, scalars: dict[str, Tensor], changed: list[Tensor]) -> Tensor:
     names[graph] = list(scalars)
@@ -75,9 +91,8 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
   @jit
   def add(*tensors: Tensor) -> Tensor:
     with Context(TRAINING=1):
-      scalars = losses(*tensors)
-      poison = (scalars["loss"] * 0).contiguous()   # NaN where the loss is not finite, which need not show in its gradient
-      return finish("add", scalars, [total.assign(total + g / accumulate + poison) for total, g in zip(sums, gradient(scalars["loss"]))])
+      scalars = traced(*tensors)
+      return finish("add", scalars, [total.assign(total + g / accumulate) for total, g in zip(sums, poisoned(scalars["loss"]))])
 
   @jit
   def apply() -> Tensor:
@@ -92,12 +107,54 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
     if accumulate == 1: results = [("update", update(*tensors))]
     else: results = [("add", add(*tensors))] + ([("apply", apply())] if next(calls) % accumulate == 0 else [])
     return lambda: {name: value for graph, values in results for name, value in zip(names[graph], values.tolist())}
-  return step
+  if ranks.size == 1: return step
+
+  # With several ranks the update is cut in two where they talk: `begin` or `pack` fills the exchange, `update_all` takes the sums out.
+  exchange: list[Exchange] = []
+
+  def fill(gradients: list[Tensor]) -> list[Tensor]:
+    values = [*((g / ranks.size).cast(WIRES[wire]) for g in gradients), *(b / ranks.size for b in moved)]
+    if not exchange: exchange.append(Exchange([(v.shape, v.dtype) for v in values], to_tuple(params[0].device), ranks))
+    return [part.assign(value) for part, value in zip(exchange[0].tensors, values)]
+
+  @jit
+  def begin(*tensors: Tensor) -> Tensor:
+    with Context(TRAINING=1):
+      scalars = traced(*tensors)
+      return finish("begin", scalars, fill(poisoned(scalars["loss"])))
+
+  @jit
+  def pack() -> None:
+    Tensor.realize(*fill(sums))
+    Tensor.realize(*(total.assign(total.zeros_like()) for total in sums))
+
+  @jit
+  def update_all() -> Tensor:
+    parts = exchange[0].tensors
+    changed, logs = optimizer.update([part.cast(dtypes.float32) for part in parts[:len(params)]])
+    means = [b.assign(part) for b, part in zip(moved, parts[len(params):])]
+    Tensor.realize(values := Tensor.stack(*(log.reshape(()) for log in logs.values())), *changed, *means)
+    names["update_all"] = list(logs)
+    return values
+
+  def step_of_all(*tensors: Tensor) -> Callable[[], dict[str, float]]:
+    graph, values = ("begin", begin(*tensors)) if accumulate == 1 else ("add", add(*tensors))
+    due = next(calls) % accumulate == 0
+    def read() -> dict[str, float]:
+      scalars = dict(zip(names[graph], ranks.means(values.tolist())))
+      if not due: return scalars
+      if accumulate > 1: pack()
+      exchange[0].add()
+      logs = update_all().tolist()
+      return scalars | dict(zip(names["update_all"], logs))
+    return read
+  return step_of_all
 
 
 def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, ...]], tracker: Tracker, checkpoints: Checkpoints, signals: Signals,
           *, epochs: int, start: dict | None = None, log_every: int = 10, max_skipped: int = 20,
-          after_epoch: Callable[[int, int], bool | None] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "") -> int:
+          after_epoch: Callable[[int, int], bool | None] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "",
+          ranks: Ranks = ALONE) -> int:
   """Run `step` over the batches of `epochs` epochs and return the number of steps done.
 
   `to_device(batch)` gives the tensors of a step. The mean of each scalar over `log_every` steps goes to `tracker` as `train/<name>`, with the speed.
@@ -105,17 +162,20 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   the checkpoint to go on from: the run is then the same, to the last bit, as one that was never interrupted.
   `checkpoints` are written when due, when `signals` ask for one or end the run, after each `after_epoch` that did something, and when data cannot be
   loaded (UserError). A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in a row the run ends with a
-  UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors."""
+  UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors.
+  All `ranks` run it side by side; what one meets, a signal or data that cannot be loaded, ends or saves all after the same step."""
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
   progress, since, timed, compiled = Progress(per_epoch * epochs, loader.batch_size), None, 0, set()
 
   def save() -> None: checkpoints.save(done, {"epoch": done / per_epoch, "evaluated": evaluated, "window": window, "skipped": skipped})
 
-  def between_steps() -> None:
-    if signals.stop is not None or signals.save or checkpoints.due(done): save()
-    signals.save = False
-    signals.raise_if_stopped()
+  def between_steps(failure: UserError | None) -> bool:
+    """Save and stop as is due; whether the data failed any rank."""
+    stop, asked, due, failed = signals.agree(checkpoints.due(done), failure is not None)
+    if stop or asked or due: save()
+    if stop: raise Stopped(stop)
+    return bool(failed)
 
   def finish_epoch(epoch: int) -> bool:
     nonlocal evaluated
@@ -131,7 +191,8 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   for epoch in range(done // per_epoch, epochs):
     batches, at = loader.epoch(epoch, start=done % per_epoch), done % per_epoch
     batch, tensors, failure = _load(batches, to_device)
-    while batch is not None:
+    failed = bool(ranks.largest(failure is not None)[0])
+    while batch is not None and not failed:
       with memory_error_explained(loader.batch_size): read, used = step(*tensors), tensors
       # The next batch moves to the device while this one computes: only then wait for the numbers.
       batch, tensors, failure = _load(batches, to_device)
@@ -143,9 +204,11 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
         if skipped in (1, max_skipped): warn(f"step {done}: {_not_finite(scalars)}: its update is skipped")
         if skipped >= max_skipped:
           names = ", ".join(loader.names(epoch, at - 1))
-          reason = explain(*used)
-          raise UserError(f"{skipped} steps in a row were not finite; the last, {done}, had {_not_finite(scalars)}{reason and ': '}{reason} "
-                          f"(pictures: {names}); lower --lr, lengthen --warmup or set --clip-norm, and resume from the last checkpoint")
+          reasons = ranks.gather(explain(*used))
+          reason = "; ".join(f"rank {rank}: {text}" if len(reasons) > 1 else text for rank, text in enumerate(reasons) if text)
+          ranks.raise_together(UserError(
+            f"{skipped} steps in a row were not finite; the last, {done}, had {_not_finite(scalars)}{reason and ': '}{reason} (pictures: {names}); "
+            "lower --lr, lengthen --warmup or set --clip-norm, and resume from the last checkpoint"))
       window.append(scalars)
       if (shapes := tuple(getattr(tensor, "shape", None) for tensor in used)) in compiled: timed += 1
       else: since, timed = time.monotonic(), 0   # the first step of a shape compiles: not counted as speed
@@ -158,11 +221,11 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
         tracker.log(means | {"train/memory": GlobalCounters.mem_used}, done, done / per_epoch)
         since, timed = time.monotonic(), 0
         window.clear()
-      between_steps()
+      failed = between_steps(failure)
     progress.close()
-    if failure is not None:   # the weights are whole, whatever became of the data
+    if failed:   # the weights are whole, whatever became of the data
       if done: save()
-      raise failure
+      ranks.raise_together(failure)
     if finish_epoch(epoch + 1): break
     since = since and time.monotonic()
   return done

@@ -1,16 +1,37 @@
 """One process, several devices: parameters on each, the batch divided among them, by tinygrad's own sharded tensors."""
+import dataclasses, os
 import numpy as np
 from tinygrad import Device, Tensor
+from tinygrad.helpers import DEV
 from extra.errors import UserError
+from extra.training.ranks import Ranks, on_host
 
 
 def devices(count: int) -> tuple[str, ...]:
-  """The first `count` devices of the default kind; UserError where one cannot be opened."""
-  names = tuple(f"{Device.DEFAULT.split(':')[0]}:{i}" if i else Device.DEFAULT for i in range(count))
+  """The default device and the `count` - 1 after it; UserError where one cannot be opened."""
+  kind, _, first = Device.DEFAULT.partition(":")
+  names = tuple(f"{kind}:{int(first or 0) + i}" if i else Device.DEFAULT for i in range(count))
   for name in names:
     try: Device[name]
     except Exception as e: raise UserError(f"--gpus {count}: device {name} cannot be opened ({str(e).splitlines()[0] or type(e).__name__})") from e
   return tuple(Device.canonicalize(name) for name in names)
+
+
+def take_devices(ranks: Ranks, count: int) -> None:
+  """Make the default device of process number r of a machine the one numbered r * `count`, so that each has `count` to itself.
+
+  Nothing is done on a processor, and where CUDA_VISIBLE_DEVICES or its like already shows this process `count` devices. UserError where there are too
+  few."""
+  if not (first := ranks.local_rank * count) or on_host(Device.DEFAULT): return
+  shown = next((v for v in map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")) if v), None)
+  if shown is not None and len(shown.split(",")) == count: return
+  name = f"{Device.DEFAULT.partition(':')[0]}:{first}"
+  try: Device[name]
+  except Exception as e:
+    raise UserError(f"--gpus {count}: rank {ranks.rank} is process {ranks.local_rank} of {ranks.local_size} on {ranks.host} and would begin with "
+                    f"device {name}, which cannot be opened ({str(e).splitlines()[0] or type(e).__name__}); start fewer processes a machine") from e
+  # the target that the user asked for stays behind it, as that names the renderer
+  DEV.value = [dataclasses.replace(DEV.value[0], device=name), *DEV.value]
 
 
 def replicate(tensors: list[Tensor], names: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from extra.errors import UserError
 from extra.nn.init import assign
 from extra.training import checkpoint
 from extra.training.optim import Optimizer
+from extra.training.ranks import ALONE, Ranks
 from extra.training.tracking import claim, warn
 from extra.training.weights import save_weights
 
@@ -17,10 +18,14 @@ class Checkpoints:
   what `save` is given.
 
   They are due every `every_steps` steps and every `every_minutes` minutes, 0 meaning never; the last `keep` stay. A checkpoint is copied off the
-  device at once and written by a thread; one that cannot be written is reported, and the run goes on."""
-  def __init__(self, folder: Path, model: Any, optimizer: Optimizer, about: dict, *, keep: int = 2, every_steps: int = 0, every_minutes: float = 0):
-    self.folder, self.about, self.keep, self.every_steps, self.every_minutes = folder, about, keep, every_steps, every_minutes
+  device at once and written by a thread; one that cannot be written is reported, and the run goes on. Each of `ranks` has its object and calls
+  `save`; rank 0 alone writes."""
+  def __init__(self, folder: Path, model: Any, optimizer: Optimizer, about: dict, *, keep: int = 2, every_steps: int = 0, every_minutes: float = 0,
+               ranks: Ranks = ALONE):
+    self.ranks, self.folder, self.about, self.keep, self.every_steps, self.every_minutes = ranks, folder, about, keep, every_steps, every_minutes
     self.tensors = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
+    # What ranks have each of their own between two updates.
+    self.apart = [t for k, t in self.tensors.items() if k.startswith("optimizer.sum.") or "running_" in k] if optimizer.sums else []
     self.saved: tuple[int, int] | None = None   # steps and evaluations in the last one
     self._time, self._thread, self._failure = time.monotonic(), None, None
 
@@ -32,15 +37,18 @@ class Checkpoints:
   def save(self, step: int, progress: dict) -> None:
     """Take the state after `step` steps with `progress` (JSON values), unless the last one has it already."""
     if self.saved == (step, progress["evaluated"]): return
+    for tensor in self.apart: self.ranks.average(tensor)
+    self.saved, self._time = (step, progress["evaluated"]), time.monotonic()
+    if self.ranks.rank: return
     self.wait()
     # copied, since a device whose memory is the host's may lend it
     arrays = {key: np.array(t.numpy()) for key, t in self.tensors.items()}
-    self.saved, self._time = (step, progress["evaluated"]), time.monotonic()
     self._thread = threading.Thread(target=self._write, args=(step, arrays, self.about | progress | {"step": step}), name="checkpoint")
     self._thread.start()
 
   def keep_best(self, metadata: dict, half: bool = False) -> None:
     """Write the weights as they are now to `folder`/best.safetensors, in half precision if asked; reported where it fails, and the run goes on."""
+    if self.ranks.rank: return
     tensors = {key.removeprefix("model."): t for key, t in self.tensors.items() if key.startswith("model.")}
     try: save_weights(self.folder / "best.safetensors", tensors, self.about | metadata, half)
     except UserError as e: warn(f"{e}: the run goes on, and tries again after the next evaluation that is the best")

@@ -1,6 +1,7 @@
 """What the outside asks of a running loop: to end, or to write a checkpoint. It is done between two steps, where the state is whole."""
 import os, signal, sys
 from types import FrameType
+from extra.training.ranks import ALONE, Ranks
 
 
 class Stopped(SystemExit):
@@ -12,14 +13,22 @@ class Stopped(SystemExit):
 
 class Signals:
   """Inside the block SIGTERM and SIGINT set `stop` to their number, and a second one ends the process at once; SIGUSR1, Slurm's warning, sets `save`.
-  Main thread only."""
-  def __init__(self):
+  Main thread only. What one of the `ranks` is told holds for all of them from the next time they `agree`."""
+  def __init__(self, ranks: Ranks = ALONE):
     self.stop: int | None = None
-    self.save = False
+    self.save, self.ranks = False, ranks
+
+  def agree(self, *flags: bool) -> tuple[int, ...]:
+    """All ranks: the number of the signal that is to end the run or 0, whether a checkpoint was asked for since the last time, and of each of `flags`
+    whether any rank has it set."""
+    wanted, self.save = self.save, False
+    agreed = self.ranks.largest(self.stop or 0, wanted, *flags)
+    if agreed[0] and self.stop is None: self._stop(agreed[0])
+    return agreed
 
   def raise_if_stopped(self) -> None:
-    """Raise `Stopped` where a signal asked for it: between the batches of an evaluation, say."""
-    if self.stop is not None: raise Stopped(self.stop)
+    """All ranks: raise `Stopped` where a signal asked for it: between the batches of an evaluation, say."""
+    if stop := self.ranks.largest(self.stop or 0)[0]: raise Stopped(stop)
 
   def __enter__(self) -> "Signals":
     handlers = {"SIGTERM": self._stop, "SIGINT": self._stop, "SIGUSR1": self._save}
@@ -29,7 +38,7 @@ class Signals:
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items(): signal.signal(number, handler)
 
-  def _stop(self, number: int, _: FrameType | None) -> None:
+  def _stop(self, number: int, _: FrameType | None = None) -> None:
     if self.stop is not None: os._exit(128 + number)
     self.stop = number
     # no print: its lock may be held by what was interrupted

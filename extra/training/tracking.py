@@ -259,6 +259,13 @@ class Tracker:
       self._thread.join(sum(FINISH_SECONDS + size / UPLOADED for *_, size in self._uploads) + FINISH_SECONDS)
 
 
+class Untracked:
+  """The record that a rank other than the first keeps of a run: none."""
+  folder, id = Path(os.devnull), ""
+  def nothing(self, *_: Any, **__: Any) -> None: """Do nothing."""
+  log = picture = summary = finish = nothing
+
+
 class Progress:
   """One line about a running loop: rewritten in place on a terminal, printed every `interval` seconds elsewhere.
 

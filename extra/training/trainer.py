@@ -1,10 +1,12 @@
 """The settings that every trainer here has, and the optimiser that they describe."""
 from dataclasses import dataclass
 from tinygrad import Tensor
+from extra.errors import UserError
 from extra.training import optim
 from extra.training.config import option
 from extra.training.precision import DTYPES
 from extra.training.tracking import ARTIFACTS
+from extra.training.ranks import WIRES, Ranks
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -21,7 +23,7 @@ def _tags(text: str) -> tuple[str, ...]:
 @dataclass
 class TrainerConfig:
   """How a run learns and what it leaves behind; a program adds its data and its model."""
-  bs: int = option(8, "pictures a step, over all devices", minimum=1, group="training")
+  bs: int = option(8, "pictures a step, over all devices and machines", minimum=1, group="training")
   epochs: int = option(24, "passes over the training pictures", minimum=0, group="training")
   optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
   lr: float = option(5e-4, "learning rate after the warm-up", minimum=0, group="training")
@@ -39,7 +41,9 @@ class TrainerConfig:
   ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
                       group="training")
   dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
-  gpus: int = option(1, "devices to divide the batch among", minimum=1, group="training")
+  gpus: int = option(1, "devices of a process to divide the batch among", minimum=1, group="training")
+  wire: str = option("float32", "what gradients travel between processes in (mpirun); half is half the bytes, and brings loss scaling",
+                     choices=tuple(WIRES), group="training")
   seed: int = option(0, "of weights, data order and augmentation", minimum=0, group="training")
 
   eval_every: int = option(1, "epochs between evaluations", minimum=1, group="run")
@@ -64,6 +68,13 @@ class TrainerConfig:
                           group="run")
 
 
+def check_batch_size(config: TrainerConfig, ranks: Ranks) -> None:
+  """UserError where a batch cannot be divided evenly among all devices."""
+  if config.bs % (config.gpus * ranks.size):
+    of = f"{config.gpus * ranks.size}, --gpus {config.gpus} times {ranks.size} processes" if ranks.size > 1 else f"--gpus {config.gpus}"
+    raise UserError(f"--bs {config.bs}: is not a multiple of {of}")
+
+
 def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int) -> optim.Optimizer:
   """The optimiser that `config` describes, for `params` (name -> realised f32 tensor)."""
   steps = steps_per_epoch // config.accumulate
@@ -71,4 +82,4 @@ def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_e
                         milestones=[m * steps for m in config.milestones])
   return optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
                          norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema, accumulate=config.accumulate,
-                         loss_scale=2.0 ** 14 if config.dtype == "half" else None)
+                         loss_scale=2.0 ** 14 if "half" in (config.dtype, config.wire) else None)
