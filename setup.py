@@ -23,7 +23,8 @@ setup(
                   "video": ["av>=15.1"],
                   # opens reports in the system's Chromium, where there is one (test/test_report.py)
                   "browser": ["playwright>=1.50"],
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", *DISTRIBUTED],
+                  "mlperf": ["mlperf-logging>=4.1.68"],   # --mlperf-log
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", "mlperf-logging>=4.1.68", *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )

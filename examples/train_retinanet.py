@@ -30,9 +30,11 @@ from extra.nn.layers import NORMS
 from extra.training import panels, report
 from extra.training.find_lr import find_lr
 from extra.training.loop import jit, make_step, train
+from extra.training.mlperf import MLPerfLog
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, take_devices, to_devices
 from extra.training.precision import DTYPES
+from extra.training.published import PUBLISHED, Forecast
 from extra.training.ranks import Ranks, join
 from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
 from extra.training.signals import Signals
@@ -81,6 +83,7 @@ class Config(TrainerConfig):
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
+  mlperf_log: bool = option(False, "write mlperf.log for MLCommons' compliance checker (pip install -e '.[mlperf]')", group="run")
 
 
 SHAPES = {"size": (128, 128), "backbone": "resnet10_quarter", "norm": "batch", "box_loss": "giou", "lr": 3e-3, "target": 0.6}
@@ -96,10 +99,11 @@ PRESETS = {
   "coco": {"data": "coco", "size": (800, 800), "max_size": 1333, "backbone": "resnet50", "weights": "imagenet", "trainable_layers": 3, "bs": 16,
            "epochs": 26, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (16, 22),
            "warmup": 0.136, "target": 0.364, "workers": 8, "log_every": 50},
-  # MLCommons training: 800x800, Adam 1e-4, one epoch of warm-up, until mAP 0.34
-  "mlperf": {"data": "openimages-mlperf", "size": (800, 800), "backbone": "resnext50_32x4d", "weights": "imagenet", "trainable_layers": 3, "bs": 256,
-             "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "schedule": "constant", "warmup": 1.0, "dtype": "bf16",
-             "target": 0.34, "stop_at_target": True, "workers": 8, "log_every": 50}}
+  # MLCommons' single_stage_detector: 800x800, mirrored, Adam 1e-4 after an epoch of warm-up, evaluated every epoch, until mAP 0.34
+  "mlperf": {"data": "openimages-mlperf", "size": (800, 800), "flip": 0.5, "backbone": "resnext50_32x4d", "norm": "frozen", "weights": "imagenet",
+             "trainable_layers": 3, "box_loss": "l1", "bs": 256, "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0,
+             "schedule": "constant", "warmup": 1.0, "dtype": "bf16", "eval_every": 1, "target": 0.34, "stop_at_target": True, "workers": 8,
+             "log_every": 50, "mlperf_log": True}}
 
 
 def main(config: Config, ranks: Ranks) -> None:
@@ -107,6 +111,7 @@ def main(config: Config, ranks: Ranks) -> None:
   gpus = devices(config.gpus)
   if config.find_lr and (config.resume or ranks.size > 1): raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
   check_batch_size(config, ranks)
+  mlperf = MLPerfLog(config, Config(**PRESETS["mlperf"]), config.mlperf_log and ranks.rank == 0)
   folder, lock, state, resumed = None, None, {}, None
   if ranks.rank == 0: folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
   resumed = ranks.broadcast(resumed)
@@ -181,6 +186,8 @@ def main(config: Config, ranks: Ranks) -> None:
   if ranks.rank == 0:
     report.save_environment(tracker.folder, config.sources)
     if why := report.update(tracker.folder): print(f"note: {why}")
+  mlperf.open(tracker.folder, len(train_set.class_names), len(train_set), len(val_set), bool(resumed))
+  forecast = Forecast(config, {preset: Config(**PRESETS[preset]) for preset in PUBLISHED}, len(train_set))
   print(f"run: {tracker.folder}   (the first step compiles: about a minute on a processor)")
 
   # ---------------------------------------------------------------------------------------------------------------------------- evaluation
@@ -205,6 +212,7 @@ def main(config: Config, ranks: Ranks) -> None:
     done_steps = done
     drawn.clear()
     begun = time.monotonic()
+    mlperf.start_evaluation(epoch)
     with optimizer.averaged():
       metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), level_anchors,
                         CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
@@ -214,9 +222,11 @@ def main(config: Config, ranks: Ranks) -> None:
         about["best_mAP"] = mAP
         checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half)
         tracker.improved()
+    mlperf.evaluated(epoch, mAP)
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
     if log: tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
     print(f"epoch {epoch}: mAP {mAP:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
+    if line := forecast.evaluated(epoch, time.monotonic() - begun, config.target is not None and about["best_mAP"] >= config.target): print(line)
     def record() -> None:
       analysis = analyse(metric, result, pictures=PICTURES_IN_TABLE // 2)
       report.save_evaluation(tracker.folder, analysis, val_set, metric, step=done, epoch=epoch)
@@ -232,7 +242,7 @@ def main(config: Config, ranks: Ranks) -> None:
   try:
     with signals:
       train(step, train_loader, to_device, tracker, checkpoints, signals, epochs=config.epochs, start=resumed or None, log_every=config.log_every,
-            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain, ranks=ranks)
+            max_skipped=config.max_skipped, after_epoch=after_epoch, explain=explain, forecast=forecast.measured, ranks=ranks)
       if result is None: after_epoch(config.epochs, done_steps, log=False)
       checkpoints.finish()
     best = about["best_mAP"]
@@ -242,6 +252,7 @@ def main(config: Config, ranks: Ranks) -> None:
     print(f"pictures: {tracker.folder / 'pictures'}   weights: {tracker.folder / 'best.safetensors'}")
     tracker.summary({f"final/{key}": value for key, value in result.metrics.items()} | {"minutes": (time.monotonic() - started) / 60})
   finally:
+    mlperf.close()
     checkpoints.wait()
     train_loader.close()
     val_loader.close()

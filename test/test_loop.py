@@ -230,6 +230,19 @@ def test_train_logs_means_over_windows():
   assert fake.saved == [], "nothing was due, and after_epoch had nothing to do"
 
 
+def test_a_forecast_is_made_of_each_speed(capsys):
+  asked = []
+  def forecast(done, speed):
+    asked.append((done, speed))
+    return {"train/hours_to_target": 1 / done}, "about an hour" if len(asked) == 1 else ""
+  fake = Fake()
+  fake.train(epochs=2, log_every=3, forecast=forecast)
+  assert [done for done, _ in asked] == [line[1] for line in fake.lines if "train/images_per_s" in line[2]] and len(asked) > 1
+  for (done, speed), (*_, metrics) in zip(asked, fake.lines, strict=True):
+    assert metrics["train/images_per_s"] == speed and metrics["train/hours_to_target"] == 1 / done
+  assert capsys.readouterr().out.count("about an hour\n") == 1
+
+
 def test_train_starts_in_the_midst_and_ends_when_told():
   fake = Fake()
   assert fake.train(epochs=9, start=at(7), after_epoch=lambda epoch, done: epoch == 3) == 15

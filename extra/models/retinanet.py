@@ -2,7 +2,7 @@
 import math, re
 from collections.abc import Mapping
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_parameters
 from extra.models import fpn, resnet
 from extra.nn import init
@@ -16,7 +16,8 @@ class _Head:
   def __init__(self, channels: int, output: str, num_anchors: int, per_anchor: int, norm: str | None):
     self.output, self.per_anchor = output, per_anchor
     self.conv = [[Conv2d(channels, channels, 3, padding=1, bias=norm is None)] + ([] if norm is None else [NORMS[norm](channels)]) for _ in range(4)]
-    setattr(self, output, Conv2d(channels, num_anchors * per_anchor, 3, padding=1))
+    # Logits near -5 and deltas of large anchors need more than bf16's eight bits.
+    setattr(self, output, Conv2d(channels, num_anchors * per_anchor, 3, padding=1, dtype=dtypes.float32))
 
   def __call__(self, levels: list[Tensor]) -> Tensor:
     outputs = []
@@ -40,7 +41,7 @@ class _Backbone:
 
 
 class RetinaNet:
-  """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), anchors in the order of `extra.detection.anchors`."""
+  """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), both f32, anchors in the order of `extra.detection.anchors`."""
   def __init__(self, body: resnet.ResNet, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
                head_norm: str | None = None):
     self.num_classes = num_classes

@@ -2,8 +2,9 @@
 
 tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.dtype import DType
 from tinygrad.function import function
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
@@ -17,6 +18,11 @@ def _scratch(x: Tensor, weight: Tensor, stride: int, pad: tuple[int, int, int, i
   """Memory for the output of `_correlate`."""
   sides = [(side + before + after - k) // stride + 1 for side, k, before, after in zip(x.shape[2:], weight.shape[2:], pad[2::-2], pad[3::-2])]
   return Tensor.invalids(x.shape[0], weight.shape[0], *sides, dtype=x.dtype, device=x.device)
+
+
+def _product(a: UOp, b: UOp) -> UOp:
+  # Products are added up in float32 whatever they are of, as `Tensor.sum` does: a sum kept in eight bits loses what it gains.
+  return a.cast(dtypes.float32) * b.cast(dtypes.float32)
 
 
 def _correlate(x: Tensor, weight: Tensor, stride: int, groups: int, pad: tuple[int, int, int, int], out: Tensor | None = None) -> Tensor:
@@ -35,7 +41,7 @@ def _correlate(x: Tensor, weight: Tensor, stride: int, groups: int, pad: tuple[i
   def kernel(out: UOp, x: UOp, weight: UOp) -> UOp:
     b, o, h, w = (UOp.range(n, axis) for axis, n in enumerate(shape))
     i, p, q = (UOp.range(n, 4 + axis, AxisType.REDUCE) for axis, n in enumerate((in_channels, *taps)))
-    total = (x[b, i, h * stride + p, w * stride + q] * weight[o, i, p, q]).reduce(i, p, q, arg=Ops.ADD)
+    total = _product(x[b, i, h * stride + p, w * stride + q], weight[o, i, p, q]).reduce(i, p, q, arg=Ops.ADD).cast(out.dtype)
     tile = {1: LANES, 3: TILE} if out_channels % LANES == 0 else {1: TILE, 3: LANES}
     return out[b, o, h, w].store(total).end(b, o, h, w).sink(arg=KernelInfo(name="conv", opts_to_apply=_tile(shape, tile)))
 
@@ -103,20 +109,21 @@ def _cpu_weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], strid
   def accumulate(out: UOp, x: UOp, grad: UOp) -> UOp:
     axes = [UOp.range(n, axis) for axis, n in enumerate(shape)]
     b, h, w = (UOp.range(n, len(shape) + axis, AxisType.REDUCE) for axis, n in enumerate((batch, rows, columns)))
-    if input_last: product = x[b, h * stride + axes[1], w * stride * in_channels + axes[2]] * grad[b, axes[0], h, w]
-    else: product = x[b, axes[0], h * stride + axes[1], w * stride + axes[2]] * grad[b, h, w, axes[3]]
-    return out[*axes].store(product.reduce(b, h, w, arg=Ops.ADD)).end(*axes).sink(arg=info)
+    if input_last: product = _product(x[b, h * stride + axes[1], w * stride * in_channels + axes[2]], grad[b, axes[0], h, w])
+    else: product = _product(x[b, axes[0], h * stride + axes[1], w * stride + axes[2]], grad[b, h, w, axes[3]])
+    return out[*axes].store(product.reduce(b, h, w, arg=Ops.ADD).cast(out.dtype)).end(*axes).sink(arg=info)
 
   out = Tensor.invalids(*shape, dtype=x.dtype, device=x.device).custom_kernel(x.contiguous(), grad.contiguous(), fxn=accumulate)[0]
   # Contiguous, for gradients of a weight that is used often are added up, and reading them all across the grain is slow.
   return (out.reshape(out_channels, taps_y, taps_x, in_channels).permute(0, 3, 1, 2) if input_last else out.permute(3, 0, 1, 2)).contiguous()
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1,
+           dtype: DType | None = None) -> Tensor:
   """2-D convolution, the same numbers as `Tensor.conv2d` and the same gradients up to the order of summation.
 
-  Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW]; `bias` [Cout] or None. Returns [B,Cout,OH,OW]. Sides are cropped as torch crops them:
-  what a stride does not reach gets gradient 0. Needs padding < kernel size."""
+  Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW], of one dtype; `bias` [Cout] or None, of that dtype or float32. Returns [B,Cout,OH,OW] of
+  `dtype`, by default that of `x`; the bias is added before rounding to it. Sides are cropped as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
   pad = (padding,) * 4
   def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
     # Contiguous, or everything behind the output gradient (the whole loss, in a head) is computed again at each tap.
@@ -127,4 +134,4 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 
   scratch = [_scratch(x, weight, stride, pad)] if groups == 1 and _on_cpu(x, weight) else []
   out = function(lambda x, weight, *out: _correlate(x, weight, stride, groups, pad, *out), grad_fxn=gradient)(x, weight, *scratch)
-  return out if bias is None else out + bias.reshape(1, -1, 1, 1)
+  return (out if bias is None else out + bias.reshape(1, -1, 1, 1)).cast(dtype or x.dtype)

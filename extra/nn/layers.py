@@ -1,19 +1,22 @@
 """Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `extra.nn.init.initialize` or a checkpoint."""
 from collections.abc import Callable
 from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
 from tinygrad.helpers import TRAINING
 from extra.nn.conv import conv2d
 
 
 class Conv2d:
-  """`conv2d` with its weight [Cout,Cin/groups,k,k] and, if asked for, bias [Cout]."""
-  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
-    self.stride, self.padding, self.groups = stride, padding, groups
+  """`conv2d` with its weight [Cout,Cin/groups,k,k] and, if asked for, bias [Cout]. The result has the input's dtype, or `dtype`."""
+  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True,
+               dtype: DType | None = None):
+    self.stride, self.padding, self.groups, self.dtype = stride, padding, groups, dtype
     self.weight = Tensor.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
     self.bias = Tensor.empty(out_channels) if bias else None
 
   def __call__(self, x: Tensor) -> Tensor:
-    return conv2d(x, self.weight.cast(x.dtype), None if self.bias is None else self.bias.cast(x.dtype), self.stride, self.padding, self.groups)
+    # The bias stays float32, and so its gradient, a sum over all pixels that half precision may not hold.
+    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype)
 
 
 class Linear:
@@ -25,9 +28,10 @@ class Linear:
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-  # One multiply-add an element. Contiguous, so that the square root behind `scale` is taken once a channel and not once a pixel.
+  # One multiply-add an element, in float32: x * scale and shift nearly cancel where a mean is large. Contiguous, so that the square root behind
+  # `scale` is taken once a channel and not once a pixel.
   scale, shift = scale.contiguous(), shift.contiguous()
-  return x * scale.cast(x.dtype).reshape(1, -1, 1, 1) + shift.cast(x.dtype).reshape(1, -1, 1, 1)
+  return (x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).cast(x.dtype)
 
 
 class FrozenBatchNorm:

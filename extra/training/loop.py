@@ -154,7 +154,7 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
 def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, ...]], tracker: Tracker, checkpoints: Checkpoints, signals: Signals,
           *, epochs: int, start: dict | None = None, log_every: int = 10, max_skipped: int = 20,
           after_epoch: Callable[[int, int], bool | None] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "",
-          ranks: Ranks = ALONE) -> int:
+          forecast: Callable[[float, float], tuple[dict[str, float], str]] = lambda epochs, images_per_second: ({}, ""), ranks: Ranks = ALONE) -> int:
   """Run `step` over the batches of `epochs` epochs and return the number of steps done.
 
   `to_device(batch)` gives the tensors of a step. The mean of each scalar over `log_every` steps goes to `tracker` as `train/<name>`, with the speed.
@@ -162,7 +162,8 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   the checkpoint to go on from: the run is then the same, to the last bit, as one that was never interrupted.
   `checkpoints` are written when due, when `signals` ask for one or end the run, after each `after_epoch` that did something, and when data cannot be
   loaded (UserError). A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in a row the run ends with a
-  UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors.
+  UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors. `forecast(epochs done, images a second)` makes of
+  each logged speed more to log, and a line to print or none.
   All `ranks` run it side by side; what one meets, a signal or data that cannot be loaded, ends or saves all after the same step."""
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
@@ -217,7 +218,13 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
       if len(window) == log_every or (batch is None and failure is None):
         means = {f"train/{name}": _mean([s[name] for s in window if name in s]) for name in dict.fromkeys(k for s in window for k in s)}
         if "train/skipped" in means: means["train/skipped"] = sum(s.get("skipped", 0) for s in window)
-        if timed: means["train/images_per_s"] = timed * loader.batch_size / (time.monotonic() - since)
+        if timed:
+          means["train/images_per_s"] = timed * loader.batch_size / (time.monotonic() - since)
+          expected, line = forecast(done / per_epoch, means["train/images_per_s"])
+          means |= expected
+          if line:
+            progress.close()
+            print(line, flush=True)
         tracker.log(means | {"train/memory": GlobalCounters.mem_used}, done, done / per_epoch)
         since, timed = time.monotonic(), 0
         window.clear()

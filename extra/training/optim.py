@@ -6,11 +6,12 @@ from tinygrad import Tensor, dtypes
 
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
 SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
+WARMUP_FACTOR = 1e-3   # of the learning rate, where a warm-up begins
 SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine"), ("sgd", "adam", "adamw")
 
 
-def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, warmup_factor: float = 1e-3, milestones: list[int] | None = None,
-             gamma: float = 0.1) -> Schedule:
+def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, warmup_factor: float = WARMUP_FACTOR,
+             milestones: list[int] | None = None, gamma: float = 0.1) -> Schedule:
   """Linear warm-up from `warmup_factor * lr`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of `milestones` (steps); "cosine",
   down to 0 at `total_steps` (Loshchilov & Hutter 2016)."""
   def rate(step: Tensor) -> Tensor:

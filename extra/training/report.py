@@ -346,7 +346,7 @@ def _bytes(runs: list[Run]) -> tuple[str, float]:
 def _single(run: Run) -> dict[str, Any]:
   """What the template shows of one run."""
   scalars = dict.fromkeys(key.removeprefix("train/") for line in run.lines for key in line if key.startswith("train/"))
-  losses = [name for name in scalars if name not in ("lr", "images_per_s", "memory", "gradient_norm", "accuracy")]
+  losses = [name for name in scalars if name not in ("lr", "images_per_s", "memory", "gradient_norm", "accuracy", "hours_to_target")]
   scores = ["top1", "top5"] if run.score == "top1" else ["mAP", "mAP50", "mAP75"]
   unit, seconds = _clock([run])
   memory, scale = _bytes([run])
@@ -360,6 +360,7 @@ def _single(run: Run) -> dict[str, Any]:
     *chart("AP by size of the object", [line for line in _lines(run, list(SIZES), dots=True) if (line.y >= 0).any()], "epoch",
            note="; ".join(SIZES.values()))]
   speed = [*chart("Images per second", [_over_time(run, "train/images_per_s", seconds, 1, "images/s")], unit, noisy=True),
+           *chart("Hours to the target, expected", [_over_time(run, "train/hours_to_target", seconds, 1, "hours")], unit),
            *chart(f"Device memory, {memory}", [_over_time(run, "train/memory", seconds, scale, memory)], unit)]
   evaluation = run.evaluation
   known = [c for c in evaluation.get("classes", []) if c["AP"] is not None]

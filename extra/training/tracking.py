@@ -263,7 +263,7 @@ class Untracked:
   """The record that a rank other than the first keeps of a run: none."""
   folder, id = Path(os.devnull), ""
   def nothing(self, *_: Any, **__: Any) -> None: """Do nothing."""
-  log = picture = summary = finish = nothing
+  log = picture = show = improved = summary = finish = nothing
 
 
 class Progress:
