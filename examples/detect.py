@@ -8,7 +8,7 @@
 Pictures with boxes go to a new folder, --out, with detections.json (COCO's result format), images.json (what its ids stand for) and detections.csv.
 With --data the pictures are a data set's and the ids its own, so that evaluate.py --from-json can score detections.json. With nothing at all it shows
 the small detector that ships with the code on embedded pictures. Videos and cameras need PyAV (pip install av)."""
-import csv, glob, io, itertools, json, os, shutil, signal, sys, threading, time
+import csv, io, itertools, json, os, shutil, signal, sys, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,20 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse, show_size, size as parse_size
+from extra.training.config import option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image
 from extra.datasets import open_dataset
+from extra.datasets.files import expand
 from extra.datasets.subset import Subset
-from extra.datasets.video import SUFFIXES as VIDEOS, Video, VideoWriter, pixels, require_av
+from extra.datasets.video import Video, VideoWriter, pixels, require_av
 from extra.detector import Detector, Found, detector, read_picture
 from extra.training import checkpoint
 from extra.training.pictures import draw_boxes
 from extra.training.precision import DTYPES
 from extra.training.tracking import duration
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 
@@ -72,15 +70,6 @@ class Config:
 PRESETS = {"demo": {"data": "shapes:1", "weights": "shapes", "images": 16}}   # where nothing says what to look at
 
 
-def split_words(argv: list[str]) -> tuple[tuple[str, ...], list[str]]:
-  """The words of a command line that belong to no flag, and the rest."""
-  switches, free, flags, rest = {"-h", "--help"}, [], [], list(argv)
-  while rest:
-    if not (word := rest.pop(0)).startswith("-"): free.append(word)
-    else: flags += [word] + ([rest.pop(0)] if word not in switches and "=" not in word and rest and not rest[0].startswith("--") else [])
-  return tuple(free), flags
-
-
 # ---------------------------------------------------------------------------------------------------------------------------- what to look at
 
 @dataclass
@@ -89,35 +78,6 @@ class Picture:
   id: int
   load: Callable[[], np.ndarray]
   error: str | None = None
-
-
-def expand(sources: tuple[str, ...]) -> tuple[list[Path], list[Path | int]]:
-  """Files of pictures, and videos and numbers of cameras, each once, in the order of the sources; a folder's in that of their names."""
-  pictures: dict[Path, None] = {}
-  videos: dict[Path | int, None] = {}
-  for source in sources:
-    path = Path(source)
-    if not path.exists() and (source == "webcam" or source.isdecimal()):
-      videos[0 if source == "webcam" else int(source)] = None
-      continue
-    matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
-    if not matches: raise UserError(f"{source}: " + ("matches no file" if glob.has_magic(source) else "no such file or folder"))
-    for match in matches:
-      inside = walk(match) if match.is_dir() else []
-      if path.is_dir() and not inside: raise UserError(f"{source}: holds no pictures ({' '.join(sorted(PICTURES))}); name videos one by one")
-      if match.is_dir(): pictures |= dict.fromkeys(inside)
-      else: (videos if match.suffix.lower() in VIDEOS else pictures)[match] = None
-  return list(pictures), list(videos)
-
-
-def walk(folder: Path) -> list[Path]:
-  """The pictures in a folder and those below it, but not what an earlier run of this program left there."""
-  found = []
-  for here, folders, files in os.walk(folder):
-    if {"detections.json", "images.json"} <= set(files): folders[:] = []
-    else: found += [Path(here, name) for name in files if Path(name).suffix.lower() in PICTURES and not name.startswith(".")]
-    folders[:] = [name for name in folders if not name.startswith(".")]
-  return sorted(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- results
@@ -207,16 +167,6 @@ class Bar:
   def close(self) -> None:
     if self.shown: print(file=sys.stderr)
     self.shown = False
-
-
-def new_folder(out: Path) -> Path:
-  """Make the folder, under a numbered name where it is taken."""
-  for number in itertools.count(1):
-    folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
-    try: folder.mkdir(parents=True)
-    except FileExistsError: continue
-    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- pictures
@@ -317,7 +267,7 @@ def main(config: Config) -> None:
       if not seconds["network"]: first, since = first + 1, time.monotonic()
       yield result
 
-  folder = new_folder(Path(config.out))
+  folder = checkpoint.new_folder(Path(config.out))
   try:
     with ExitStack() as files:
       results = Results(folder, found_by, config.draw_threshold, files)

@@ -87,8 +87,8 @@ def read_picture(image: Any) -> np.ndarray:
 
 
 class Detector:
-  """A detector ready to use, and what is known of it: class_names and category_ids in label order, `input`, the size of what the network sees in
-  words, notes for the user, and `about` (see `open_detector`).
+  """A detector ready to use, and what is known of it: its model, class_names and category_ids in label order, `input`, the size of what the network
+  sees in words, notes for the user, and `about` (see `open_detector`).
 
   Args:
     weights: what `--weights` takes (see `extra.training.weights.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
@@ -105,7 +105,7 @@ class Detector:
     backbone = "resnext50_32x4d" if weights == "mlperf" else "resnet50"   # the published detectors
     architecture = f"retinanet_{backbone}_fpn" + "_v2" * (variant == "v2")
     model, self.about, self.notes = open_detector(weights, architecture, None if class_names is None else list(class_names))
-    num_classes, trained_at = self.about["num_classes"], self.about.get("size")
+    self.model, num_classes, trained_at = model, self.about["num_classes"], self.about.get("size")
     self.class_names = self.about.get("class_names") or [f"class {label}" for label in range(num_classes)]
     self.category_ids = self.about.get("category_ids") or list(range(1, num_classes + 1))
     if size is None and trained_at is None: raise UserError(f"{self.about['weights']}: does not say what size it was trained at; give --size")
@@ -184,6 +184,10 @@ class Detector:
       for canvas in self._anchors:
         while views[canvas]: run(canvas)
       yield from ready()
+
+  def prepare(self, image: np.ndarray) -> Sample:
+    """The picture u8 [H,W,3] RGB as the network's input, u8 [height,width,3]."""
+    return _Picture._sample(image, self._fit)
 
   def labels_of(self, classes: Sequence[str]) -> list[int]:
     """The labels of classes by name; UserError where one is unknown."""

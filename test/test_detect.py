@@ -4,6 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageDraw, ImageFont
+from extra.datasets.files import walk
 from extra.datasets.shapes import Shapes
 from extra.detection import tiles
 from extra.detector import detect, detector
@@ -157,7 +158,7 @@ def test_folders_patterns_and_names(tmp_path, capsys):
   said = capsys.readouterr()
   assert said.err.count("warning: passed over") == 1 and "broken.jpg: cannot be read" in said.err and "3 pictures, 1 passed over" in said.out
   assert {p.name for p in (tmp_path / "in" / "out").iterdir()} == {"a.jpg", "z.png", "z-2.PNG", "detections.json", "detections.csv", "images.json"}
-  assert len(program.walk(tmp_path / "in")) == 4, "what the program wrote is no source"
+  assert len(walk(tmp_path / "in")) == 4, "what the program wrote is no source"
 
 
 def test_a_taken_folder_gets_a_number_and_a_stop_keeps_what_was_found(tmp_path, monkeypatch):

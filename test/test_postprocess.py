@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
-from extra.detection.postprocess import Detections, detect, highest_rejected_logit, to_original
+from extra.detection.postprocess import _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
 
 GOLDEN = Path(__file__).parent / "golden"
 # one shape for every test of the device form, as each shape compiles for seconds; levels longer than, as long as and shorter than topk
@@ -50,6 +50,11 @@ def assert_equals_oracle(found: Detections, logits, deltas, anchors, sizes=SIZES
     np.testing.assert_allclose(found.boxes[i, :n], np.array([e[0] for e in expected]).reshape(n, 4), atol=1e-4)
     np.testing.assert_array_equal(found.scores[i, :n], np.array([e[1] for e in expected], np.float32))
     np.testing.assert_array_equal(found.labels[i, :n], [e[2] for e in expected])
+    at, names = found.anchors[i, :n], found.labels[i, :n]   # where each came from: the score and box are that place's own
+    with np.errstate(over="ignore"): scores = (1 / (1 + np.exp(-logits[i].astype(np.float64)))).astype(np.float32)
+    np.testing.assert_array_equal(scores[at, names], found.scores[i, :n])
+    np.testing.assert_allclose(found.boxes[i, :n], _decode_and_clip(deltas[i, at], anchors[at], sizes[i]), atol=1e-4)
+    assert len({*zip(at.tolist(), names.tolist())}) == n and (found.anchors[i, n:] == -1).all()
     assert not found.boxes[i, n:].any() and not found.scores[i, n:].any() and (found.labels[i, n:] == -1).all()
 
 

@@ -7,7 +7,7 @@ Candidates rank by their float32 logit, the higher first, and equal logits by po
 never falls, so this ranks scores too, and a device's own rounding of `exp` cannot reorder them. -0.0 equals 0.0.
 """
 import functools, itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 from extra.detection import boxes as box_ops
@@ -24,6 +24,7 @@ class Detections:
   scores: np.ndarray  # f32 [B,D]; 0 where padded
   labels: np.ndarray  # i32 [B,D] in 0..K-1; -1 where padded
   counts: np.ndarray  # i32 [B] detections of each image
+  anchors: np.ndarray | None = None  # i32 [B,D], the row of the head outputs that each came from; -1 where padded
 
 
 def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_sizes: list[int], sizes: np.ndarray, *, score_threshold: float = 0.05,
@@ -57,8 +58,8 @@ def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_s
   while True:
     keep, converged, *result = suppress(*state, keep)
     if converged.numpy().all(): break
-  boxes, logits, labels, counts = (t.numpy() for t in result)
-  return _pad(*([x[:n] for x, n in zip(t, counts)] for t in (boxes, logits, labels)), max_detections)
+  *parts, counts = (t.numpy() for t in result)
+  return _pad(*([x[:n] for x, n in zip(part, counts)] for part in parts), max_detections)
 
 
 def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray) -> Detections:
@@ -66,7 +67,7 @@ def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.nd
 
   `sizes` int [B,2] are the heights and widths of the pictures inside the network input, `original_sizes` int [B,2] those of their files."""
   ratio = np.asarray(original_sizes, np.float32) / np.asarray(sizes, np.float32)
-  return Detections(detections.boxes * ratio[:, None, [1, 0, 1, 0]], detections.scores, detections.labels, detections.counts)
+  return replace(detections, boxes=detections.boxes * ratio[:, None, [1, 0, 1, 0]])
 
 
 @functools.cache
@@ -95,19 +96,20 @@ def _scores(logits: np.ndarray) -> np.ndarray:
   with np.errstate(over="ignore"): return (1 / (1 + np.exp(-np.float64(logits)))).astype(np.float32)
 
 
-def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndarray], max_detections: int) -> Detections:
+def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndarray], anchors: list[np.ndarray], max_detections: int) -> Detections:
   counts = np.array([len(x) for x in logits], np.int32)
   padded = Detections(np.zeros((len(counts), max_detections, 4), np.float32), np.zeros((len(counts), max_detections), np.float32),
-                      np.full((len(counts), max_detections), -1, np.int32), counts)
-  for i, n in enumerate(counts): padded.boxes[i, :n], padded.scores[i, :n], padded.labels[i, :n] = boxes[i], _scores(logits[i]), labels[i]
+                      np.full((len(counts), max_detections), -1, np.int32), counts, np.full((len(counts), max_detections), -1, np.int32))
+  for i, n in enumerate(counts):
+    padded.boxes[i, :n], padded.scores[i, :n], padded.labels[i, :n], padded.anchors[i, :n] = boxes[i], _scores(logits[i]), labels[i], anchors[i]
   return padded
 
 
 # ---- host form
 
 def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, rejected: float, topk: int,
-                    nms_threshold: float, max_detections: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """One image: boxes [n,4], logits [n] and labels [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
+                    nms_threshold: float, max_detections: int) -> tuple[np.ndarray, ...]:
+  """One image: boxes [n,4], logits [n], labels [n] and anchors [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
   num_classes, start, found = logits.shape[1], 0, []
   for n in level_sizes:
     # a level's best k entries lie in the k rows with the best maxima
@@ -120,7 +122,7 @@ def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray,
   anchor, labels = index // num_classes, index % num_classes
   boxes = _decode_and_clip(deltas[anchor], anchors[anchor], size)
   keep = _nms(boxes, labels, nms_threshold, max_detections)
-  return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep]
+  return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep], anchor[keep]
 
 
 def _largest(x: np.ndarray, rejected: float, k: int) -> np.ndarray:
@@ -177,8 +179,8 @@ def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, si
                 topk: int, nms_threshold: float) -> tuple[Tensor, ...]:
   """All images' candidates, best first, N = levels * topk rounded up to whole words of 32.
 
-  Returns boxes f32 [B,N,4], logits f32 [B,N], labels i32 [B,N] (-1: no candidate), suppressors u32 [B,N,N/32] (bit j of row i: j suppresses i if j is
-  kept) and keep bool [B,N], where NMS starts: all of them."""
+  Returns boxes f32 [B,N,4], logits f32 [B,N], labels i32 [B,N] (-1: no candidate), anchors i32 [B,N], suppressors u32 [B,N,N/32] (bit j of row i: j
+  suppresses i if j is kept) and keep bool [B,N], where NMS starts: all of them."""
   B, A, K = cls_logits.shape
   L, logits = len(level_sizes), cls_logits.float()
   # a level's best k entries lie in the k rows with the best maxima (equal maxima: the earlier row), so only those rows are ever ranked
@@ -210,14 +212,15 @@ def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, si
                (position.reshape(1, 1, N) < position.reshape(1, N, 1))
   magnitude = key.bitwise_xor(1 << 31).bitcast(dtypes.int32)
   score_logits = (magnitude < 0).where(-(-magnitude).bitcast(dtypes.float32), magnitude.bitcast(dtypes.float32))
-  return boxes, score_logits.contiguous(), valid.where(label, -1).contiguous(), _pack(suppresses).contiguous(), valid
+  return boxes, score_logits.contiguous(), valid.where(label, -1).contiguous(), anchor, _pack(suppresses).contiguous(), valid
 
 
-def _suppress(boxes: Tensor, logits: Tensor, labels: Tensor, suppressors: Tensor, keep: Tensor, *, max_detections: int) -> tuple[Tensor, ...]:
+def _suppress(boxes: Tensor, logits: Tensor, labels: Tensor, anchors: Tensor, suppressors: Tensor, keep: Tensor, *,
+              max_detections: int) -> tuple[Tensor, ...]:
   """A few steps of keep_i = no kept j suppresses i, from the state `_candidates` made.
 
   Suppression only points from better to worse, so the step has one fixed point, greedy NMS, and each step settles at least one more candidate.
-  Returns keep [B,N], converged bool [B], and of the kept best boxes [B,D,4], logits [B,D], labels [B,D], counts i32 [B]."""
+  Returns keep [B,N], converged bool [B], and of the kept best boxes [B,D,4], logits, labels and anchors [B,D], counts i32 [B]."""
   for _ in range(SUPPRESS_STEPS):
     before, keep = keep, ((labels >= 0) & ((suppressors & _pack(keep).contiguous().unsqueeze(1)) != 0).any(-1).logical_not()).contiguous()
   B, N = keep.shape
@@ -225,7 +228,7 @@ def _suppress(boxes: Tensor, logits: Tensor, labels: Tensor, suppressors: Tensor
   slot = Tensor.arange(max_detections).reshape(1, max_detections, 1)
   index = (kept_so_far.unsqueeze(1) <= slot).sum(-1, dtype=dtypes.int32).minimum(N - 1).contiguous()
   return (keep, (keep == before).all(-1), boxes.gather(1, index.unsqueeze(-1).expand(B, max_detections, 4)), logits.gather(1, index),
-          labels.gather(1, index), kept_so_far[:, -1].minimum(max_detections).cast(dtypes.int32))
+          labels.gather(1, index), anchors.gather(1, index), kept_so_far[:, -1].minimum(max_detections).cast(dtypes.int32))
 
 
 def _ordered_keys(x: Tensor, rejected: float) -> Tensor:

@@ -1,5 +1,5 @@
 """Checkpoints: one safetensors file, whole or absent, with a checksum over all of it. Numpy only, so any device or none will do."""
-import contextlib, hashlib, json, math, os, re, secrets
+import contextlib, hashlib, itertools, json, math, os, re, secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +62,16 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
   except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from e
   finally:
     with contextlib.suppress(OSError): partial.unlink(missing_ok=True)
+
+
+def new_folder(out: Path) -> Path:
+  """Make the folder, under a numbered name where it is taken."""
+  for number in itertools.count(1):
+    folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+    try: folder.mkdir(parents=True)
+    except FileExistsError: continue
+    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
+    return folder
 
 
 def load(path: str | Path) -> tuple[dict[str, np.ndarray], Any]:

@@ -86,6 +86,17 @@ def as_dict(config: Any) -> dict[str, Any]:
   return ({"preset": preset} if preset else {}) | {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+def split_words(argv: list[str], switches: tuple[str, ...] = ()) -> tuple[tuple[str, ...], list[str]]:
+  """The words of a command line that belong to no flag, and the rest; `switches` are the flags that take no value, beside --help."""
+  free, flags, rest = [], [], list(argv)
+  while rest:
+    if not (word := rest.pop(0)).startswith("-"): free.append(word)
+    else:
+      takes_value = word not in ("-h", "--help", *switches) and "=" not in word and rest and not rest[0].startswith("--")
+      flags += [word] + ([rest.pop(0)] if takes_value else [])
+  return tuple(free), flags
+
+
 def recall(config_class: type[Config], file: str | Path) -> dict[str, Any]:
   """What `as_dict` wrote to the JSON `file`, as a preset for `parse`, less fields that the class no longer has. UserError if it cannot be read."""
   try: values = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -59,6 +59,15 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores:
   return np.asarray(canvas)
 
 
+def draw_heat(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+  """A copy of image u8 [H,W,3], its colours faded, with heat, [H,W] in 0..1, laid over it: black through purple and orange to pale yellow."""
+  faded = 0.35 * image + 0.65 * (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+  stops = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])   # of matplotlib's inferno
+  color = np.stack([np.interp(heat, np.linspace(0, 1, len(stops)), channel) for channel in stops.T], -1)
+  part = 0.15 + 0.6 * heat[..., None]   # more of the picture where there is little heat
+  return (faded * (1 - part) + color * part).round().astype(np.uint8)
+
+
 def _fitting(name: str, score: str, font: ImageFont.FreeTypeFont, width: int) -> str:
   """`name` and `score`, the name cut to what `width` pixels hold."""
   length = next((n for n in range(len(name), 0, -1) if font.getlength((name[:n] + "…" * (n < len(name))) + score) <= width), 0)

@@ -1,0 +1,37 @@
+"""Pictures and videos as a command line names them."""
+import glob, os
+from pathlib import Path
+from extra.datasets.video import SUFFIXES as VIDEOS
+from extra.errors import UserError
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+RESULTS = ({"detections.json", "images.json"}, {"explanations.json"})   # what marks a folder of results
+
+
+def expand(sources: tuple[str, ...]) -> tuple[list[Path], list[Path | int]]:
+  """Files of pictures, and videos and numbers of cameras, each once, in the order of the sources; a folder's in that of their names."""
+  pictures: dict[Path, None] = {}
+  videos: dict[Path | int, None] = {}
+  for source in sources:
+    path = Path(source)
+    if not path.exists() and (source == "webcam" or source.isdecimal()):
+      videos[0 if source == "webcam" else int(source)] = None
+      continue
+    matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+    if not matches: raise UserError(f"{source}: " + ("matches no file" if glob.has_magic(source) else "no such file or folder"))
+    for match in matches:
+      inside = walk(match) if match.is_dir() else []
+      if path.is_dir() and not inside: raise UserError(f"{source}: holds no pictures ({' '.join(sorted(PICTURES))}); name videos one by one")
+      if match.is_dir(): pictures |= dict.fromkeys(inside)
+      else: (videos if match.suffix.lower() in VIDEOS else pictures)[match] = None
+  return list(pictures), list(videos)
+
+
+def walk(folder: Path) -> list[Path]:
+  """The pictures in a folder and those below it, but not what a program of this project left there."""
+  found = []
+  for here, folders, files in os.walk(folder):
+    if any(left <= set(files) for left in RESULTS): folders[:] = []
+    else: found += [Path(here, name) for name in files if Path(name).suffix.lower() in PICTURES and not name.startswith(".")]
+    folders[:] = [name for name in folders if not name.startswith(".")]
+  return sorted(found)
