@@ -113,10 +113,11 @@ class Network:
 
 def explain_picture(image: np.ndarray, detector: Detector, network: Network, config: Config) -> Iterator[tuple[dict, np.ndarray]]:
   """The numbers of each of the picture's surest detections, as explanations.json has them, and its panel u8 [H,W,3]."""
-  sample, rows = detector.prepare(image), level_sizes(detector.height, detector.width)
+  sample = detector.prepare(image)
   content, canvas = sample.content_size, sample.image
+  side, rows = canvas.shape[:2], level_sizes(*canvas.shape[:2])
   *features, logits, deltas = network.forward(Tensor(canvas[None]))
-  found = postprocess.detect(logits, deltas, Tensor(anchors(detector.height, detector.width)), rows, np.array([content]),
+  found = postprocess.detect(logits, deltas, Tensor(anchors(*side)), rows, np.array([content]),
                              score_threshold=config.threshold, max_detections=config.top)
   boxes = postprocess.to_original(found, np.array([content]), np.array([image.shape[:2]])).boxes[0]
   count = found.counts[0]
@@ -213,7 +214,7 @@ def main(config: Config) -> None:
   network = Network(detector, config.layer)
   for note in detector.notes: print(f"note: {note}")
   print(f"{detector.about['model']} from {detector.about['weights']}: {config.method} of {network.names[0]} to {network.names[-1]}, {len(pictures)} "
-        f"picture{'s' * (len(pictures) > 1)} at {detector.width}x{detector.height}\n")
+        f"picture{'s' * (len(pictures) > 1)} at {detector.input}\n")
   print(f"{'picture':32} {'class':16} {'score':>5} {'level':>5} {'in box':>6}" +
         f"{'deletion':>10} {'random':>6} {'insertion':>10} {'random':>6}" * config.check, flush=True)
 
