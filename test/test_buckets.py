@@ -8,6 +8,7 @@ from tinygrad import GlobalCounters, Tensor
 from extra.datasets import open_dataset
 from extra.datasets.buckets import Buckets, choose_buckets, one_bucket, upright_and_flat
 from extra.datasets.loader import Loader
+from extra.datasets.sample import Sample
 from extra.datasets.shapes import Shapes
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, pad_to, photometric_jitter, resize_shorter
@@ -25,7 +26,6 @@ def resized(sizes, shorter, maximum):
 
 
 def sample(size):
-  from extra.datasets.sample import Sample
   return Sample(np.zeros((*size, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 1, size, size)
 
 
@@ -258,8 +258,8 @@ def program(name, *flags):
 def test_programs_train_score_and_detect_on_two_canvases(tmp_path):
   folder, run = write_coco(tmp_path / "d", 12), tmp_path / "runs" / "two"
   out = program("train_retinanet", "--data", folder, "--size", 64, "--max-size", 96, "--buckets", 2, "--backbone", "resnet10_quarter", "--bs", 3,
-                "--weights", "shapes", "--trainable-layers", 0, "--optimizer", "sgd", "--epochs", 1, "--workers", 1, "--log-every", 1, "--pictures", 2,
-                "--wandb", "disabled", "--out", run.parent, "--run-name", run.name)
+                "--weights", "shapes", "--trainable-layers", 0, "--optimizer", "sgd", "--epochs", 1, "--workers", 1, "--log-every", 1,
+                "--pictures", 2, "--wandb", "disabled", "--out", run.parent, "--run-name", run.name)
   assert "at 64 to 96 pixels" in out and re.search(r"training on 2 canvases: (96x64, 64x96|64x96, 96x64); \d+\.\d% of the pixels are padding", out)
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   training = [line for line in lines if "train/loss" in line]
