@@ -125,10 +125,14 @@ ALONE = Ranks()
 def join() -> Iterator[Ranks]:
   """The ranks of this run, for the length of the program. Inside, all but rank 0 are silent; an exception on one rank is reported with its name and
   ends them all, a `SystemExit` is taken to happen on all. UserError where a launcher started this process and MPI does not work."""
-  if (launched := started_by_launcher(os.environ)) == 1:
-    yield ALONE
+  launched = started_by_launcher(os.environ)
+  if launched == 1 or (comm := _connect(launched)) is None:
+    try: yield ALONE
+    except SystemExit as e:
+      _exit(e.code)
+      raise
     return
-  ranks = Ranks(_connect(launched))
+  ranks = Ranks(comm)
   with contextlib.ExitStack() as stack:
     if ranks.rank:
       nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -176,7 +180,18 @@ def _leave(ranks: Ranks, code: Any) -> None:
   sys.stdout.flush()
   if code: time.sleep(FORWARDED)
   ranks.barrier()
+  if code: ranks._mpi.Finalize()
+  _exit(code)
   sys.exit(code)
+
+
+def _exit(code: Any) -> None:
+  """End here and now after a signal. It may have gone to this process's children too, as those of launchers, of Slurm and of `timeout` do, and taken
+  tinygrad's compiling processes, whose pool would then be waited for in vain."""
+  if not isinstance(code, int) or code <= 128: return
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 class Exchange:

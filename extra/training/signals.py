@@ -16,19 +16,21 @@ class Signals:
   Main thread only. What one of the `ranks` is told holds for all of them from the next time they `agree`."""
   def __init__(self, ranks: Ranks = ALONE):
     self.stop: int | None = None
-    self.save, self.ranks = False, ranks
+    self.told, self.save, self.ranks = False, False, ranks   # told: by a signal to this process
 
   def agree(self, *flags: bool) -> tuple[int, ...]:
     """All ranks: the number of the signal that is to end the run or 0, whether a checkpoint was asked for since the last time, and of each of `flags`
     whether any rank has it set."""
     wanted, self.save = self.save, False
     agreed = self.ranks.largest(self.stop or 0, wanted, *flags)
-    if agreed[0] and self.stop is None: self._stop(agreed[0])
+    self._learn(agreed[0])
     return agreed
 
   def raise_if_stopped(self) -> None:
     """All ranks: raise `Stopped` where a signal asked for it: between the batches of an evaluation, say."""
-    if stop := self.ranks.largest(self.stop or 0)[0]: raise Stopped(stop)
+    stop, = self.ranks.largest(self.stop or 0)
+    self._learn(stop)
+    if stop: raise Stopped(stop)
 
   def __enter__(self) -> "Signals":
     handlers = {"SIGTERM": self._stop, "SIGINT": self._stop, "SIGUSR1": self._save}
@@ -36,10 +38,17 @@ class Signals:
     return self
 
   def __exit__(self, *_: object) -> None:
+    # A launcher signals all ranks, and this one may yet be in the midst of its checkpoint when its turn comes.
+    if self.stop is not None and not self.told: return
     for number, handler in self._before.items(): signal.signal(number, handler)
 
-  def _stop(self, number: int, _: FrameType | None = None) -> None:
-    if self.stop is not None: os._exit(128 + number)
+  def _stop(self, number: int, _: FrameType | None) -> None:
+    if self.told: os._exit(128 + number)
+    self.told = True
+    self._learn(number)
+
+  def _learn(self, number: int) -> None:
+    if not number or self.stop is not None: return
     self.stop = number
     # no print: its lock may be held by what was interrupted
     os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: ends after this step with a checkpoint; once more ends it at once\n".encode())
