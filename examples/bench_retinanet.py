@@ -122,8 +122,8 @@ def plain_loss(model: retinanet.RetinaNet, images: Tensor, level_anchors: Tensor
   images = ((images.permute(0, 3, 1, 2) / 255 - mean) / std).cast(DTYPES[config.dtype])
   with ExitStack() as plainly:
     plainly.enter_context(patch.object(Tensor, "contiguous", lambda tensor: tensor))
-    plainly.enter_context(patch.object(layers, "conv2d", lambda x, weight, bias, stride, padding, groups:
-                                       x.conv2d(weight, bias, groups=groups, stride=stride, padding=padding)))
+    plainly.enter_context(patch.object(layers, "conv2d", lambda x, weight, bias, stride, padding, groups, dtype:
+                                       x.conv2d(weight, bias, groups=groups, stride=stride, padding=padding).cast(dtype or x.dtype)))
     plainly.enter_context(patch.object(detection_losses, "sigmoid_focal_loss", plain_focal_loss))
     classification, regression = detection_losses.detection_losses(*model(images), level_anchors, classes, matched)
   return classification + regression

@@ -123,7 +123,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
   """2-D convolution, the same numbers as `Tensor.conv2d` and the same gradients up to the order of summation.
 
   Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW], of one dtype; `bias` [Cout] or None, of that dtype or float32. Returns [B,Cout,OH,OW] of
-  `dtype`, by default that of `x`; the bias is added before rounding to it. Sides are cropped as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
+  `dtype`, by default that of `x`; the bias is added before rounding to it. Sides are cropped as torch crops them: what a stride does not reach gets
+  gradient 0. Needs padding < kernel size."""
   pad = (padding,) * 4
   def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
     # Contiguous, or everything behind the output gradient (the whole loss, in a head) is computed again at each tap.
