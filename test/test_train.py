@@ -57,6 +57,10 @@ def test_a_run_leaves_its_record(first, state_after_first):
   assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
   assert json.loads((folder / "summary.json").read_text())["final/mAP"] == evaluation[-1]["eval/mAP"]
 
+  for name in ("pictures", "classes", "errors", "precision_recall_table", "confusion_matrix_table", "score_and_target_table"):
+    assert len([file for file in files if re.search(rf"/media/table/eval/{name}_\d+_", file)]) == 2, "a table of each evaluation for wandb"
+  assert sorted(file.partition("-")[2] for file in (Path(f).name for f in files if "/artifacts/" in f) if file.endswith(".safetensors")) == [
+    "best.safetensors", "checkpoint-8.safetensors"]
   pictures = sorted(name for name in files if name.startswith("pictures/val-"))
   assert len(pictures) == 4 and [p[-11:] for p in pictures] == ["0000004.jpg", "0000008.jpg"] * 2
   assert np.asarray(Image.open(folder / pictures[0])).std() > 0

@@ -38,7 +38,7 @@ def program():
 def first(tmp_path_factory):
   """A run of two epochs of four steps."""
   out = tmp_path_factory.mktemp("train")
-  done = trainer(out, *TINY, "--out", out / "runs")
+  done = trainer(out, *TINY, "--out", out / "runs", "--wandb", "offline")
   assert done.returncode == 0, done.stderr[-3000:]
   return done, out / "runs" / "tiny"
 
@@ -66,6 +66,22 @@ def test_a_run_leaves_its_record(first):
                 "epoch 1: top-1 ", "epoch 2: top-1 ", "best top-1 ", "target 0.9000: missed", f"weights: {folder / 'best.safetensors'}",
                 f"python examples/train_retinanet.py --weights {folder} --backbone resnet10_quarter --data shapes:1"): assert words in done.stdout
   assert done.stderr == ""
+
+
+def test_wandb_gets_the_worst_pictures_and_the_confusion(first):
+  _, folder = first
+  def tables(name):
+    files = (folder / "wandb").glob(f"offline-run-*/files/media/table/eval/{name}_*.table.json")
+    return [json.loads(p.read_text()) for p in sorted(files, key=lambda p: int(p.name.split("_")[-2]))]
+  evaluation = [line for line in metrics(folder) if "eval/top1" in line]
+  for line, pictures, classes, matrix in zip(evaluation, *map(tables, ("pictures", "classes", "confusion_matrix_table")), strict=True):
+    assert pictures["columns"] == ["picture", "name", "loss", "truth", "found", "chance"] and len(pictures["data"]) == 32
+    losses = [row[2] for row in pictures["data"]]
+    assert losses == sorted(losses, reverse=True) and losses[-1] > line["eval/loss"], "the worst first"
+    for *_, truth, found, chance in pictures["data"]: assert truth != found and 1 / 7 < chance <= 1
+    right, counts = sum(row[2] for row in matrix["data"] if row[0] == row[1]), sum(row[2] for row in matrix["data"])
+    assert counts == 1000 and right / counts == pytest.approx(line["eval/top1"])
+    assert sum(row[1] * row[2] for row in classes["data"]) == pytest.approx(right)
 
 
 def test_weights_and_checkpoints_say_what_they_are(first):
