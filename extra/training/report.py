@@ -346,7 +346,7 @@ def _bytes(runs: list[Run]) -> tuple[str, float]:
 def _single(run: Run) -> dict[str, Any]:
   """What the template shows of one run."""
   scalars = dict.fromkeys(key.removeprefix("train/") for line in run.lines for key in line if key.startswith("train/"))
-  losses = [name for name in scalars if name not in ("lr", "images_per_s", "memory", "gradient_norm", "accuracy", "hours_to_target")]
+  losses = [name for name in scalars if name not in ("lr", "images_per_s", "memory", "gradient_norm", "skipped", "loss_scale", "accuracy", "hours_to_target")]
   scores = ["top1", "top5"] if run.score == "top1" else ["mAP", "mAP50", "mAP75"]
   unit, seconds = _clock([run])
   memory, scale = _bytes([run])
