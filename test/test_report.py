@@ -162,6 +162,14 @@ def test_a_complete_report(complete):
     assert row[1:] == [f"{kind[1]['delta_AP50']:+.3f}", "", str(kind[1]["count"]), str(confident["count"])]
 
 
+def test_hours_to_the_target_are_of_the_speed_and_no_loss(tmp_path):
+  lines = [line | {"train/hours_to_target": 3 - line["epoch"]} if "train/loss" in line else line for line in training()]
+  page, without = (Page(report.write(run_folder(tmp_path/name, of))) for name, of in (("with", lines), ("without", training())))
+  charts, before = ([attrs["aria-label"] for attrs in nothing_leaves(p)] for p in (page, without))
+  assert len(charts) == len(before) + 1 and "Hours to the target, expected" in " ".join(charts)
+  assert "hours_to_target" not in page.source and not any("Hours to the target" in label for label in before)
+
+
 def test_pictures_of_an_evaluation(tmp_path):
   record = evaluated(run_folder(tmp_path/"run"))
   saved = json.loads((tmp_path/"run"/"evaluation.json").read_text())
