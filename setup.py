@@ -18,7 +18,9 @@ setup(
   extras_require={"video": ["av>=15.1"],
                   # opens reports in the system's Chromium, where there is one (test/test_report.py)
                   "browser": ["playwright>=1.50"],
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1"],
+                  # runs examples/retinanet.ipynb; any editor or Jupyter shows it
+                  "notebook": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )
