@@ -2,6 +2,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DISTRIBUTED = ["mpi4py>=4.1; sys_platform != 'win32'", "mpich>=4.3; sys_platform != 'win32'"]
+MLPERF = ["mlperf-logging>=4.1.68"]
+NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
 setup(
   name="tinydet",
@@ -23,8 +25,10 @@ setup(
                   "video": ["av>=15.1"],
                   # opens reports in the system's Chromium, where there is one (test/test_report.py)
                   "browser": ["playwright>=1.50"],
-                  "mlperf": ["mlperf-logging>=4.1.68"],   # --mlperf-log
-                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", "mlperf-logging>=4.1.68", *DISTRIBUTED],
+                  "mlperf": MLPERF,   # --mlperf-log
+                  # runs examples/retinanet.ipynb; any editor or Jupyter shows it
+                  "notebook": NOTEBOOK,
+                  "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", *MLPERF, *NOTEBOOK, *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py; nothing outside the tests imports it
                   "torch": ["torch>=2.13", "torchvision>=0.28"]},
 )
