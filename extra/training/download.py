@@ -9,6 +9,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import (HTTPDefaultErrorHandler, HTTPErrorProcessor, HTTPHandler, HTTPRedirectHandler, HTTPSHandler, OpenerDirector, ProxyHandler,
                             Request, url2pathname)
+from extra.cache import cache_folder   # noqa: F401, beside fetch, which it is for
 from extra.errors import UserError
 try: import fcntl
 except ImportError: fcntl = None   # Windows: two processes at one file are not kept apart there; no more than a failed download comes of it
@@ -21,12 +22,6 @@ CHECKSUM = re.compile("sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}")
 class Unreachable(Exception):
   """Why no further bytes come; `final` where asking again would not help."""
   def __init__(self, reason: str, final: bool = False): super().__init__(reason); self.final = final
-
-
-def cache_folder(kind: str) -> Path:
-  """The user's own folder for files of this `kind`, such as "weights". It need not exist."""
-  cache = os.environ.get("XDG_CACHE_HOME") or Path.home()/("Library/Caches" if sys.platform == "darwin" else ".cache")
-  return Path(cache).absolute()/"tinydet"/kind
 
 
 def fetch(url: str, checksum: str, folder: Path) -> Path:

@@ -73,33 +73,53 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
 
 def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, ...]], tracker: Tracker, checkpoints: Checkpoints, signals: Signals,
           *, epochs: int, start: dict | None = None, log_every: int = 10, max_skipped: int = 20,
-          after_epoch: Callable[[int, int], bool | None] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "") -> int:
+          after_epoch: Callable[[int, int], Any] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "") -> int:
   """Run `step` over the batches of `epochs` epochs and return the number of steps done.
 
   `to_device(batch)` gives the tensors of a step. The mean of each scalar over `log_every` steps goes to `tracker` as `train/<name>`, with the speed.
-  After each epoch comes `after_epoch(epochs done, steps done)`: None where there was nothing to do, True to end the run. `start` is the metadata of
-  the checkpoint to go on from: the run is then the same, to the last bit, as one that was never interrupted.
+  After each epoch comes `after_epoch(epochs done, steps done)`: None where there was nothing to do, True to end the run, or an evaluation that is
+  under way, of which `ready()` says whether it is done and `finish()` waits for it and says whether to end. Until then the only checkpoint is that of
+  its weights, from where a resumed run repeats it; what asks for another one waits for it. `start` is the metadata of the checkpoint to go on from:
+  the run is then the same, to the last bit, as one that was never interrupted.
   `checkpoints` are written when due, when `signals` ask for one or end the run, after each `after_epoch` that did something, and when data cannot be
   loaded (UserError). A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in a row the run ends with a
   UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors."""
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
   progress, since = Progress(per_epoch * epochs, loader.batch_size), None
+  pending: tuple[int, Any] | None = None   # epoch and evaluation that is under way
 
   def save() -> None: checkpoints.save(done, {"epoch": done / per_epoch, "evaluated": evaluated, "window": window, "skipped": skipped})
 
-  def between_steps() -> None:
-    if signals.stop is not None or signals.save or checkpoints.due(done): save()
+  def finish_pending(wait: bool = True) -> bool:
+    """Finish an evaluation that is under way, if it is ready or `wait` is set; True ends the run."""
+    nonlocal evaluated, pending
+    if pending is None or not (wait or pending[1].ready()): return False
+    (epoch, evaluation), pending = pending, None
+    progress.close()
+    ends = evaluation.finish()
+    evaluated = epoch
+    return ends
+
+  def between_steps() -> bool:
+    asked = signals.stop is not None or signals.save
+    ends = finish_pending(wait=asked)
+    if ends or asked or (pending is None and checkpoints.due(done)): save()
     signals.save = False
     signals.raise_if_stopped()
+    return ends
 
   def finish_epoch(epoch: int) -> bool:
-    nonlocal evaluated
+    nonlocal evaluated, pending
+    if finish_pending():
+      save()
+      return True
     try: ends = after_epoch(epoch, done)
     except Stopped:
       save()
       raise
-    evaluated = epoch
+    if hasattr(ends, "ready"): ends, pending = False, (epoch, ends)
+    else: evaluated = epoch
     if ends is not None: save()
     return bool(ends)
 
@@ -133,13 +153,17 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
         tracker.log(means | {"train/memory": GlobalCounters.mem_used}, done, done / per_epoch)
         since, timed = time.monotonic(), 0
         window.clear()
-      between_steps()
+      if between_steps(): return done
     progress.close()
     if failure is not None:   # the weights are whole, whatever became of the data
+      finish_pending()
       if done: save()
       raise failure
     if finish_epoch(epoch + 1): break
     since = since and time.monotonic()
+  if pending is not None:
+    finish_pending()
+    save()
   return done
 
 

@@ -122,7 +122,7 @@ def write(folder: str | Path, *, compare: Sequence[str | Path] = (), out: str | 
 
 @dataclass
 class Run:
-  """What a folder holds of a run. lines are those of metrics.jsonl, without steps that a resumed run did again."""
+  """What a folder holds of a run. lines are those of metrics.jsonl in the order of steps, without steps that a resumed run did again."""
   folder: Path
   name: str
   config: dict[str, Any]
@@ -176,7 +176,7 @@ def read_run(folder: str | Path) -> Run:
   folder = Path(folder)
   if not (folder/"config.json").exists() and not (folder/"metrics.jsonl").exists():
     raise UserError(f"{folder}: is not the folder of a run, which has a config.json and a metrics.jsonl")
-  lines: list[dict] = []
+  lines, newest = [], 0
   try: text = (folder/"metrics.jsonl").read_bytes().decode("utf-8", "replace")
   except FileNotFoundError: text = ""
   except OSError as e: raise UserError(f"cannot read {folder/'metrics.jsonl'}: {e.strerror or e}") from e
@@ -184,9 +184,12 @@ def read_run(folder: str | Path) -> Run:
     try: line = json.loads(row)
     except ValueError: continue   # a line that a crash left unfinished
     if not isinstance(line, dict) or not all(isinstance(line.get(key), (int, float)) for key in ("step", "epoch", "seconds")): continue
-    while lines and lines[-1]["step"] > line["step"]: lines.pop()
+    if line["step"] < newest and not any(key.startswith("eval/") for key in line):   # an evaluation may be scored while the training goes on
+      lines = [before for before in lines if before["step"] <= line["step"]]
+      newest = line["step"]
+    newest = max(newest, line["step"])
     lines.append(line)
-  return Run(folder, folder.resolve().name, _object(folder/"config.json"), lines,
+  return Run(folder, folder.resolve().name, _object(folder/"config.json"), sorted(lines, key=lambda line: line["step"]),
              *(_object(folder/f"{name}.json") for name in ("summary", "evaluation", "environment")))
 
 
