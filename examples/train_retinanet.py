@@ -4,6 +4,7 @@ With no arguments it fine-tunes the small detector that ships with the code to s
 With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or Pascal VOC (Annotations/, JPEGImages/), whichever is there.
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
 import contextlib, os, sys, time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from extra import require_device
@@ -18,12 +19,12 @@ from extra.datasets.buckets import choose_buckets, one_bucket
 from extra.datasets.loader import Loader
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, photometric_jitter, scale_jitter
-from extra.detection.analysis import analyse
 from extra.detection.anchors import anchors
-from extra.detection.coco_metric import CocoMetric
+from extra.detection.coco_metric import CocoMetric, CocoResult
 from extra.detection.evaluation import evaluate
 from extra.detection.losses import BOX_LOSSES, detection_losses
 from extra.detection.matcher import match
+from extra.detection.scoring import Pending, score
 from extra.models import resnet, retinanet
 from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
@@ -82,6 +83,7 @@ class Config(TrainerConfig):
                                  maximum=5, group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
 
+  score_in_background: bool = option(False, "go on training while another process scores an evaluation", group="run")
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
   mlperf_log: bool = option(False, "write mlperf.log for MLCommons' compliance checker (pip install -e '.[mlperf]')", group="run")
 
@@ -98,12 +100,12 @@ PRESETS = {
   # torchvision's references/detection: 8 GPUs x 2 images, SGD 0.01, 26 epochs
   "coco": {"data": "coco", "size": (800, 800), "max_size": 1333, "backbone": "resnet50", "weights": "imagenet", "trainable_layers": 3, "bs": 16,
            "epochs": 26, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (16, 22),
-           "warmup": 0.136, "target": 0.364, "workers": 8, "log_every": 50},
+           "warmup": 0.136, "target": 0.364, "score_in_background": True, "workers": 8, "log_every": 50},
   # MLCommons' single_stage_detector: 800x800, mirrored, Adam 1e-4 after an epoch of warm-up, evaluated every epoch, until mAP 0.34
   "mlperf": {"data": "openimages-mlperf", "size": (800, 800), "flip": 0.5, "backbone": "resnext50_32x4d", "norm": "frozen", "weights": "imagenet",
              "trainable_layers": 3, "box_loss": "l1", "bs": 256, "epochs": 10, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0,
-             "schedule": "constant", "warmup": 1.0, "dtype": "bf16", "eval_every": 1, "target": 0.34, "stop_at_target": True, "workers": 8,
-             "log_every": 50, "mlperf_log": True}}
+             "schedule": "constant", "warmup": 1.0, "dtype": "bf16", "eval_every": 1, "target": 0.34, "stop_at_target": True,
+             "score_in_background": True, "workers": 8, "log_every": 50, "mlperf_log": True}}
 
 
 def main(config: Config, ranks: Ranks) -> None:
@@ -205,9 +207,9 @@ def main(config: Config, ranks: Ranks) -> None:
       drawn.append(tracker.picture(f"val-{batch.image_ids[i]}", batch.images[i], batch.boxes[i][known], batch.labels[i][known], *found,
                                    train_set.class_names, done_steps))
 
-  def after_epoch(epoch: int, done: int, log: bool = True) -> bool | None:
-    """Evaluate, draw, keep the best; True ends the run."""
-    nonlocal result, done_steps
+  def after_epoch(epoch: int, done: int, log: bool = True) -> bool | Pending | None:
+    """Evaluate and draw, then have it scored; True ends the run."""
+    nonlocal done_steps
     if epoch % config.eval_every and epoch < config.epochs: return None
     done_steps = done
     drawn.clear()
@@ -217,22 +219,29 @@ def main(config: Config, ranks: Ranks) -> None:
       metric = evaluate(lambda batch: forward(to_devices(batch.images, gpus)), val_loader.epoch(0), level_anchors,
                         CocoMetric(val_set.ground_truth(), val_set.category_ids), draw)
       for found in ranks.gather(metric.found): metric.found |= found
-      result = ranks.broadcast(metric.compute() if ranks.rank == 0 else None)
-      if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
-        about["best_mAP"] = mAP
-        checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half)
-        tracker.improved()
+      weights = checkpoints.weights()
+    return score(metric, partial(scored, epoch, done, log, begun, metric, weights), background=config.score_in_background and log,
+                 here=ranks.rank == 0, pictures=PICTURES_IN_TABLE // 2)
+
+  def scored(epoch: int, done: int, log: bool, begun: float, metric: CocoMetric, weights: dict, found: CocoResult | None,
+             analysis: Callable) -> bool:
+    """Log the score, keep the weights if they are the best; True ends the run."""
+    nonlocal result
+    result = ranks.broadcast(found)
+    if (mAP := result.metrics["mAP"]) > about["best_mAP"]:
+      about["best_mAP"] = mAP
+      checkpoints.keep_best({"epoch": epoch, "step": done, "mAP": mAP}, config.save_half, weights)
+      tracker.improved()
     mlperf.evaluated(epoch, mAP)
     values = {f"eval/{key}": value for key, value in result.metrics.items()} | {"eval/seconds": time.monotonic() - begun}
     if log: tracker.log(values | {f"eval/AP/{key}": value for key, value in result.class_ap.items()}, done, epoch)
     print(f"epoch {epoch}: mAP {mAP:.4f}  mAP50 {result.metrics['mAP50']:.4f}  ({duration(time.monotonic() - begun)})", flush=True)
     if line := forecast.evaluated(epoch, time.monotonic() - begun, config.target is not None and about["best_mAP"] >= config.target): print(line)
     def record() -> None:
-      analysis = analyse(metric, result, pictures=PICTURES_IN_TABLE // 2)
-      report.save_evaluation(tracker.folder, analysis, val_set, metric, step=done, epoch=epoch)
-      ranked = sorted(analysis["worst"] + analysis["best"], key=lambda entry: entry["quality"])
-      pictures = report.ranked_pictures(ranked, val_set, metric, analysis["score_threshold"])
-      tracker.show(lambda wandb: panels.of_detector(wandb, analysis, pictures, val_set.class_names), done, epoch)
+      report.save_evaluation(tracker.folder, found := analysis(), val_set, metric, step=done, epoch=epoch)
+      ranked = sorted(found["worst"] + found["best"], key=lambda entry: entry["quality"])
+      pictures = report.ranked_pictures(ranked, val_set, metric, found["score_threshold"])
+      tracker.show(lambda wandb: panels.of_detector(wandb, found, pictures, val_set.class_names), done, epoch)
     if ranks.rank == 0 and (why := report.update(tracker.folder, record)): print(f"note: {why}")
     return config.stop_at_target and config.target is not None and about["best_mAP"] >= config.target
 

@@ -80,6 +80,30 @@ def test_equals_pycocotools(seed, subset):
   assert metric.compute().metrics == result.metrics
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_pycocotools_to_the_last_digit_where_much_is_equal(seed):
+  """Few different boxes, scores and areas, so that ties abound; areas on the limits of the ranges; up to 150 detections of a class on an image."""
+  rng = np.random.default_rng(seed)
+  sides, classes = np.array([16, 32, 32, 48, 96, 128]), [5, 2, 9, 30, 31]   # nothing is 30, nothing is found of 31
+  def boxes(n): return np.concatenate([rng.choice([0, 16, 20], (n, 2)), rng.choice(sides, (n, 2))], 1).astype(float)
+  truth = {"images": [{"id": int(i), "width": 256, "height": 256} for i in rng.permutation(40)],
+           "categories": [{"id": c, "name": f"c{c}"} for c in classes], "annotations": []}
+  results = []
+  for image_id in rng.permutation(40).tolist():
+    for box in boxes(rng.integers(0, 9)):
+      truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": int(rng.choice([2, 5, 9, 31])),
+                                   "bbox": box.tolist(), "area": float(rng.choice([box[2] * box[3], 1024, 9216, 1e10, 1e11])),
+                                   "iscrowd": int(rng.random() < 0.2)})
+    for box in boxes(rng.choice([0, 3, 30, 300])):
+      results.append({"image_id": image_id, "category_id": int(rng.choice([5, 5, 2, 9, 30])), "bbox": box.tolist(),
+                      "score": float(rng.choice([0.1, 0.25, 0.5, 0.9]))})
+  metric = CocoMetric(truth, classes)
+  metric.add_results(results)
+  result, (evaluation, table) = metric.compute(), direct(truth, results)
+  assert list(result.metrics.values()) == evaluation.stats.tolist() and result.table == table and 0 < result.metrics["mAP"] < 1
+  np.testing.assert_array_equal(result.precision, evaluation.eval["precision"][:, :, np.searchsorted(sorted(classes), classes), 0, 2])
+
+
 def test_no_detections_score_zero():
   truth = truth_of(np.random.default_rng(0))
   metric = CocoMetric(truth, CATEGORY_IDS)

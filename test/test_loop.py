@@ -1,5 +1,5 @@
 """The step and the loop: one result however the batch is divided, whatever is saved and loaded in between, and a log that says what happened."""
-import math, signal
+import contextlib, math, signal
 from types import SimpleNamespace
 import numpy as np, pytest
 from tinygrad import Device, Tensor
@@ -266,6 +266,58 @@ def test_an_evaluation_that_is_due_is_made_up_for():
   fake = Fake()
   fake.train(epochs=2, start=at(5, evaluated=0), after_epoch=lambda epoch, done: bool(ends.append((epoch, done))))
   assert ends == [(1, 5), (2, 10)] and fake.saved == [(5, 1, []), (10, 2, [])]
+
+
+class Later:
+  """An evaluation that is done once the step `at` is, or is waited for."""
+  def __init__(self, fake, name, at, ends=False): self.fake, self.name, self.at, self.ends = fake, name, at, ends
+
+  def ready(self): return self.fake.steps >= self.at
+
+  def finish(self):
+    self.fake.finished.append((self.name, self.fake.steps))
+    return self.ends
+
+
+def later(fake, *at, ends=()):
+  """An `after_epoch` whose evaluations are done at these steps."""
+  fake.finished = []
+  return lambda epoch, done: Later(fake, epoch, at[epoch - 1], epoch in ends)
+
+
+def test_an_evaluation_may_go_on_during_the_next_epoch():
+  fake = Fake(due=lambda step: True)
+  assert fake.train(epochs=3, after_epoch=later(fake, 8, 99, 99)) == 15
+  assert fake.finished == [(1, 8), (2, 15), (3, 15)], "when it is ready, before the next evaluation, or at the end"
+  # until it is finished the checkpoint of its weights, which says that it is to be done, stays the last
+  assert [saved[:2] for saved in fake.saved] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 0), (8, 1), (9, 1), (10, 1), (10, 1), (15, 2), (15, 3)]
+
+
+@pytest.mark.parametrize(("at", "ended"), [((7, 99), 7), ((99, 99), 10), ((99, 8), 10)])
+def test_a_target_that_is_reached_later_ends_the_run(at, ended):
+  fake = Fake()
+  assert fake.train(epochs=3, after_epoch=later(fake, *at, 99, ends=(1,))) == ended == fake.finished[0][1] == fake.steps
+  assert fake.saved[-1][:2] == (ended, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_checkpoint_that_is_asked_for_waits_for_the_evaluation(number):
+  fake = Fake()
+  def losses(step):
+    if step == 7: signal.raise_signal(number)
+    return 1 / step
+  fake.losses = losses
+  with fake.signals, contextlib.suppress(Stopped): fake.train(epochs=2, after_epoch=later(fake, 99, 99))
+  assert fake.finished[0] == (1, 7) and [saved[:2] for saved in fake.saved[:2]] == [(5, 0), (7, 1)]
+  assert fake.steps == (7 if number == signal.SIGTERM else 10)
+
+
+def test_an_evaluation_that_was_under_way_is_repeated():
+  fake, ends = Fake(fails_at=13), []
+  with pytest.raises(UserError): fake.train(epochs=2, after_epoch=later(fake, 99, 99))
+  assert fake.finished == [(1, 8)] and fake.saved[-1][:2] == (8, 1), "data that fails costs no evaluation"
+  Fake().train(epochs=2, start=at(5, evaluated=fake.saved[0][1]), after_epoch=lambda epoch, done: ends.append((epoch, done)))
+  assert ends == [(1, 5), (2, 10)], "from the checkpoint that was written before"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -232,6 +232,14 @@ def test_steps_that_a_resumed_run_did_again_count_once(tmp_path):
   assert [line["step"] for line in run.evaluations] == [20, 40, 60]
 
 
+def test_an_evaluation_scored_during_the_next_epoch_costs_no_line(tmp_path):
+  lines = training(60, (20, 40))
+  late = sorted(lines, key=lambda line: line["step"] + 12 * ("eval/mAP" in line))
+  assert late != lines
+  runs = [report.read_run(run_folder(tmp_path/name, given)) for name, given in (("soon", lines), ("late", late))]
+  assert runs[0].lines == runs[1].lines and runs[0].evaluations == runs[1].evaluations
+
+
 def test_many_classes(tmp_path):
   names = [f"class {i}" for i in range(80)]
   folder = run_folder(tmp_path/"run", training(class_names=names))

@@ -94,7 +94,7 @@ def test_weights_and_checkpoints_say_what_they_are(first, state_after_first):
 def test_a_run_goes_on(first, state_after_first):
   (_, folder), (_, before) = first, state_after_first
   weights, about = checkpoint.load(folder / "checkpoint-8.safetensors")
-  done = trainer(folder.parent, "--resume", folder, "--epochs", "3")
+  done = trainer(folder.parent, "--resume", folder, "--epochs", "3", "--score-in-background")
   assert done.returncode == 0, done.stderr[-3000:]
   lines = metrics(folder)
   assert lines[:len(before)] == before, "the record is continued, not begun anew"

@@ -1,25 +1,33 @@
 """Data sets in the form of COCO: one `instances_*.json` and a folder of images (https://cocodataset.org/#format-data)."""
-import gc, json, os, re, reprlib
+import gc, os, re, reprlib, sys
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 import numpy as np
+from extra.cache import cache_folder
+from extra.datasets import index
 from extra.datasets.image import check_headers, find_files, read_image
 from extra.datasets.image_folder import SUFFIXES
-from extra.datasets.problems import Problems, check_boxes, check_class_names, read_bytes, reason, shown
+from extra.datasets.json_rows import read_portions, read_whole
+from extra.datasets.problems import Problems, check_boxes, check_class_names, reason, shown
 from extra.datasets.sample import Sample
 from extra.errors import UserError
 
 FARTHEST = 1e6   # pixels; no coordinate of a real box is larger
 INT32, INT64 = 2 ** 31 - 1, 2 ** 63 - 1
+NO_ID = -INT64 - 1
 STAND_IN = [0, 0, 1, 1]   # for a box that was reported, so that the others can be judged
 UNSAFE_PATH = re.compile(r"^$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|[\0-\x1f\x7f\ud800-\udfff]")   # empty, absolute, climbing, not a name
 KNOWN_FIELDS = {
   "images": {"id", "width", "height", "file_name", "license", "flickr_url", "coco_url", "date_captured"},
   "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints", "num_keypoints"},
   "categories": {"id", "name", "supercategory", "keypoints", "skeleton"}}
+LARGE = 2 ** 26   # bytes: a larger annotation file is read in portions, and what was read is kept
+VERSION = 1       # of the arrays and the checks behind them: to be raised where either changes
+
+Arrays = dict[str, np.ndarray]
 
 
 class Coco:
@@ -28,77 +36,156 @@ class Coco:
   Crowd regions are kept out of the samples and in `ground_truth`. Boxes of the samples are clipped to the image; `ground_truth` keeps them as they
   are in the file, so that a score is the one of the official evaluation. Boxes without area are in neither. `warnings` counts such oddities.
   Raises UserError with all that cannot be mended, and with `strict` all oddities too.
+
+  What came of an annotation file larger than LARGE, once checked, is kept in the user's cache folder: the next process, and each loader worker, maps
+  it into memory. It serves as long as size and times of the file, and times of the image folders, in which files come and go, are what they were.
   """
+  # I images, N boxes, those of one image together:
+  image_ids: np.ndarray        # i64 [I]
+  sizes: np.ndarray            # i32 [I,2] (height, width)
+  names: np.ndarray            # u8, the file names as UTF-8
+  name_offsets: np.ndarray     # i64 [I+1], where each begins
+  offsets: np.ndarray          # i64 [I+1], where the boxes of each image begin
+  boxes: np.ndarray            # f64 [N,4] xywh pixels
+  labels: np.ndarray           # i32 [N]
+  crowd: np.ndarray            # bool [N]
+  areas: np.ndarray            # f64 [N] square pixels
+  annotation_ids: np.ndarray   # i64 [N]
+  category_ids: list[int]
+  class_names: list[str]
+  max_boxes: int
+  warnings: list[str]
 
   def __init__(self, annotation_file: str | Path, image_folder: str | Path, strict: bool = False):
     self.file, self.folder = Path(annotation_file), Path(image_folder)
     self.name = self.file.stem
-    content, problems = self._read_json(), Problems(self.file, strict)
-    for table, known in KNOWN_FIELDS.items():
-      unknown = set().union(*content[table]) - known
-      problems.odd("fields that COCO does not have, passed over", [f"{table}[].{key}" for key in sorted(unknown)], shown)
-    self._read_categories(content["categories"], problems)
-    self._read_images(content["images"], problems)
-    self._read_annotations(content["annotations"], problems)
-    self.warnings = problems.finish()
+    self._kept: tuple[Path, str] | None = None   # file of the cache that the arrays lie in, and its digest
+    try: large = os.path.getsize(self.file) > LARGE
+    except (OSError, ValueError): large = False  # _read says what is wrong
+    arrays, about = self._recall_or_read(strict) if large else self._read(read_whole, strict)
+    vars(self).update(arrays | about | {"warnings": [f"{self.file}: {line}" for line in about["warnings"]]})
 
   def __len__(self) -> int: return len(self.image_ids)
 
-  def image_name(self, index: int) -> str: return str(self.folder / self.file_names[index])
+  def file_name(self, index: int) -> str: return self.names[slice(*self.name_offsets[index:index + 2])].tobytes().decode("utf-8", "surrogatepass")
+
+  def image_name(self, index: int) -> str: return str(self.folder / self.file_name(index))
 
   def __getitem__(self, index: int) -> Sample:
     height, width = (int(x) for x in self.sizes[index])
     mine = slice(*self.offsets[index:index + 2])
     objects = ~self.crowd[mine]
-    image = read_image(self.folder / self.file_names[index], (height, width), f"{self.file}: images[].width/height of id {self.image_ids[index]}")
+    image = read_image(self.image_name(index), (height, width), f"{self.file}: images[].width/height of id {self.image_ids[index]}")
     corners = np.concatenate([self.boxes[mine, :2], self.boxes[mine, :2] + self.boxes[mine, 2:]], 1)[objects]
     boxes = corners.clip(0, [width, height] * 2).astype(np.float32)
     return Sample(image, boxes, self.labels[mine][objects], int(self.image_ids[index]), (height, width), (height, width))
 
+  def __getstate__(self) -> dict[str, Any]:
+    """Without the arrays where they can be mapped by others, too."""
+    if self._kept is None: return self.__dict__
+    path, digest = self._kept
+    arrays = {key: value for key, value in self.__dict__.items() if isinstance(value, np.ndarray)}
+    if index.read(path, digest) is None:   # another process has removed or replaced the file since
+      path = path.with_name(f"{digest[:24]}.index")
+      try: digest = index.write(path, arrays, {})
+      except OSError: return self.__dict__ | {"_kept": None}
+    return {key: value for key, value in self.__dict__.items() if key not in arrays} | {"_kept": (path, digest)}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__ = state
+    if self._kept is None: return
+    if (found := index.read(*self._kept)) is None: raise UserError(f"{self._kept[0]}: is gone, with what was read from {self.file}; start again")
+    vars(self).update(found[0])
+
   def ground_truth(self) -> dict[str, Any]:
     """The annotations in the form of a COCO instances file: boxes as in the file, crowds with iscrowd 1, no segmentations."""
-    images = [{"id": i, "file_name": str(n), "height": h, "width": w}
-              for i, n, (h, w) in zip(self.image_ids.tolist(), self.file_names, self.sizes.tolist())]
+    images = [{"id": i, "file_name": self.file_name(row), "height": h, "width": w}
+              for row, (i, (h, w)) in enumerate(zip(self.image_ids.tolist(), self.sizes.tolist()))]
     owners = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
     ids = np.array(self.category_ids)[self.labels].tolist()
     columns = zip(self.annotation_ids.tolist(), owners, ids, self.boxes.tolist(), self.areas.tolist(), self.crowd.tolist())
     annotations = [{"id": a, "image_id": i, "category_id": c, "bbox": b, "area": s, "iscrowd": int(crowd)} for a, i, c, b, s, crowd in columns]
     return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]}
 
-  def _read_json(self) -> dict[str, Any]:
-    collecting = gc.isenabled()
+  def _recall_or_read(self, strict: bool) -> tuple[Arrays, dict[str, Any]]:
+    """What `_read` returns: from the cache if it is there, else it is read and kept."""
+    try: folder = cache_folder("annotations")
+    except RuntimeError as e: return self._not_kept(*self._read(read_portions, strict), e)   # a user without a home
+    def now() -> list[int]: return [(about := os.stat(self.file)).st_size, about.st_mtime_ns, about.st_ctime_ns]
+    before = now()
+    path = folder/f"{index.digest_of(VERSION, os.path.realpath(self.file), os.path.realpath(self.folder), before, strict)}.index"
+    def recall() -> tuple[Arrays, dict[str, Any]] | None:
+      if (found := index.read(path)) is None or any(self._changed(sub) != time for sub, time in found[1]["_folders"].items()): return None
+      self._kept = path, found[2]
+      return found[:2]
+    if (found := recall()) is not None: return found
+    with index.one_at_a_time(path):
+      if (found := recall()) is not None: return found   # another process was faster
+      print(f"reading {self.file}, {before[0] / 1e9:.1f} GB; what comes of it is kept in {folder}", file=sys.stderr)
+      arrays, about = self._read(read_portions, strict)
+      if now() == before:
+        try: index.write(path, arrays, about)
+        except OSError as e: return self._not_kept(arrays, about, e)
+      return recall() or (arrays, about)
+
+  def _not_kept(self, arrays: Arrays, about: dict[str, Any], error: Exception) -> tuple[Arrays, dict[str, Any]]:
+    line = f"what was read cannot be kept ({reason(error)}): each start reads the file anew, and each worker has a copy in memory"
+    return arrays, about | {"warnings": [*about["warnings"], line]}
+
+  def _changed(self, folder: str) -> int | None:
+    """When a file last came into or went from a folder of pictures."""
+    try: return os.stat(self.folder/folder).st_mtime_ns
+    except OSError: return None
+
+  def _read(self, rows_of: Callable, strict: bool) -> tuple[Arrays, dict[str, Any]]:
+    """Read and check everything: arrays, and the other attributes as JSON values."""
+    problems, columns = Problems(self.file, strict), {table: Problems(self.file, strict) for table in KNOWN_FIELDS}
+    portions: dict[str, list[dict[str, Any]]] = {}
+    unknown: dict[str, set[str]] = {table: set() for table in KNOWN_FIELDS}
+    collecting, first = gc.isenabled(), dict.fromkeys(KNOWN_FIELDS, 0)
     gc.disable()   # looking for garbage among millions of new objects takes a third of the time
-    try: content = json.loads(read_bytes(self.file).decode("utf-8-sig"), object_pairs_hook=_unique)
+    try:
+      for table, rows in rows_of(self.file, list(COLUMNS)):
+        if not isinstance(rows, list): continue
+        at = next((i for i, row in enumerate(rows, first[table]) if type(row) is not dict), None)
+        if at is not None: raise UserError(f"{self.file}: {table}[{at}] is {_repr(rows[at - first[table]])}, not an object with fields")
+        unknown[table].update(set().union(*rows) - KNOWN_FIELDS[table])
+        portions.setdefault(table, []).append(COLUMNS[table](columns[table], rows, first[table]))
+        first[table] += len(rows)
     except OSError as e: raise UserError(f"{self.file}: cannot be opened ({e.strerror})") from e
     except (ValueError, RecursionError) as e: raise UserError(f"{self.file}: is not a JSON file that can be read ({reason(e)})") from e
     finally:
       if collecting: gc.enable()
-    for key in KNOWN_FIELDS:
-      if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{self.file}: has no list '{key}'; a COCO instances file has images, annotations and categories")
-      at = next((i for i, row in enumerate(content[key]) if type(row) is not dict), None)
-      if at is not None: raise UserError(f"{self.file}: {key}[{at}] is {_repr(content[key][at])}, not an object with fields")
-    for key in ("images", "categories"):
-      if not content[key]: raise UserError(f"{self.file}: the list '{key}' is empty")
-    return content
+    for table in KNOWN_FIELDS:
+      if table not in portions: raise UserError(f"{self.file}: has no list '{table}'; a COCO instances file has images, annotations and categories")
+    for table in ("images", "categories"):
+      if not first[table]: raise UserError(f"{self.file}: the list '{table}' is empty")
+    for table, keys in unknown.items():
+      problems.odd("fields that COCO does not have, passed over", [f"{table}[].{key}" for key in sorted(keys)], shown)
 
-  def _read_categories(self, rows: list[dict[str, Any]], problems: Problems) -> None:
-    names = _column(problems, rows, "categories", "name", {str}, "a text", lambda i: f"category {i}")
-    ids = _ids(problems.error, "categories[].id used more than once", problems, rows, "categories", 0)
+    tables = {table: {key: np.concatenate([portion[key] for portion in parts]) for key in parts[0]} for table, parts in portions.items()}
+    del portions
+    names, ids = tables["categories"]["name"].tolist(), tables["categories"]["id"]
+    problems.take(columns["categories"])
+    problems.error("categories[].id used more than once", _repeated_ids(ids))
     check_class_names(problems, names)
     problems.error("class names used more than once", _repeated(names), shown)
-    self.category_ids = np.sort(ids).tolist()
-    self.class_names = [names[i] for i in np.argsort(ids)]
+    about = {"category_ids": np.sort(ids).tolist(), "class_names": [names[i] for i in np.argsort(ids)]}
+    problems.take(columns["images"])
+    images, file_names = self._check_images(problems, about, **tables.pop("images"))
+    arrays = images | self._check_annotations(problems, columns["annotations"], about, images["image_ids"], images["sizes"], file_names,
+                                              **tables.pop("annotations"))
+    prefix = f"{self.file}: "
+    return arrays, about | {"warnings": [line.removeprefix(prefix) for line in problems.finish()]}
 
-  def _read_images(self, rows: list[dict[str, Any]], problems: Problems) -> None:
-    self.image_ids = _ids(problems.error, "images[].id used more than once", problems, rows, "images", 0)   # -1 stands for padding in a batch
-    column = partial(_column, problems, rows, "images")
-    sizes = [column(key, {int}, "a positive whole number", lambda _: INT32, 1, INT32 - 1) for key in ("height", "width")]
-    self.sizes = np.array(sizes, np.int32).T
-    names = column("file_name", {str}, "a text", lambda _: None)
+  def _check_images(self, problems: Problems, about: dict[str, Any], id: np.ndarray, height: np.ndarray, width: np.ndarray,
+                    file_name: np.ndarray) -> tuple[Arrays, list[str | None]]:
+    problems.error("images[].id used more than once", _repeated_ids(id))
+    sizes, names = np.stack([height, width], 1), file_name.tolist()
     unsafe = {name for name in set(names) - {None} if UNSAFE_PATH.search(name)}
     problems.error("images[].file_name is no path inside the image folder", sorted(unsafe), lambda n: shown(n) or "''")
     safe = [i for i, name in enumerate(names) if name is not None and name not in unsafe]
+    about["_folders"] = {sub: self._changed(sub) for sub in sorted({"", *(os.path.dirname(names[i]) for i in safe)})}
     try: found, unused = find_files(self.folder, [names[i] for i in safe])
     except OSError as e: raise UserError(f"{self.folder}: the image folder of {self.file} cannot be opened ({e.strerror})") from e
     problems.error(f"images[].file_name missing in {self.folder}", [names[i] for i, file in zip(safe, found) if file is None], shown)
@@ -107,102 +194,131 @@ class Coco:
     problems.error("files that images[].file_name names more than once", _repeated(files), shown)
     problems.note("pictures in the image folder that images[] does not list", [n for n in unused if n.lower().endswith(SUFFIXES)], shown)
     for i, file in zip(safe, found): names[i] = file
-    there = [i for i in safe if names[i] is not None and self.sizes[i].max() < INT32]
-    check_headers(problems, self.folder, [names[i] for i in there], self.sizes[there].tolist())
-    self.file_names = np.array(names, str)
+    there = [i for i in safe if names[i] is not None and sizes[i].max() < INT32]
+    check_headers(problems, self.folder, [names[i] for i in there], sizes[there].tolist())
+    encoded = [str(name).encode("utf-8", "surrogatepass") for name in names]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {"image_ids": id, "sizes": sizes, "names": np.frombuffer(b"".join(encoded), np.uint8), "name_offsets": offsets}, names
 
-  def _read_annotations(self, rows: list[dict[str, Any]], problems: Problems) -> None:
-    def name(i: int) -> str: return f"annotation id {rows[i].get('id')}"
-    column, table = partial(_column, problems, rows, "annotations"), "annotations[]"
-    ids = _ids(problems.odd, f"{table}.id used more than once, all renumbered", problems, rows, "annotations", -INT64)
-    if len(np.unique(ids)) < len(ids): ids = np.arange(1, len(ids) + 1)
+  def _check_annotations(self, problems: Problems, columns: Problems, about: dict[str, Any], image_ids: np.ndarray, sizes: np.ndarray,
+                         file_names: list[str | None], id: np.ndarray, image_id: np.ndarray, category_id: np.ndarray, bbox: np.ndarray,
+                         area: np.ndarray, iscrowd: np.ndarray) -> Arrays:
+    def name(i: int) -> str: return f"annotation id {id[i]}"
+    table, ids = "annotations[]", id
+    if len(again := _repeated_ids(ids)):
+      problems.odd(f"{table}.id used more than once, all renumbered", again)
+      ids = np.arange(1, len(ids) + 1)
     owners = {}
-    for key, known in (("image_id", self.image_ids), ("category_id", np.array(self.category_ids))):
-      values = np.array(column(key, {int}, "a whole number", lambda _, known=known: known[0], -INT64, INT64), np.int64)
+    for key, values, known in (("image_id", image_id, image_ids), ("category_id", category_id, np.array(about["category_ids"]))):
       unknown = ~np.isin(values, known)
       if (known >= 0).all():   # else ids in the lists were reported themselves
-        problems.error(f"{table}.{key} not in the file's lists", np.flatnonzero(unknown), lambda i, v=values: f"annotations[{i}] says {v[i]}")
+        problems.error(f"{table}.{key} not in the file's lists", np.flatnonzero(unknown & (values != NO_ID)),
+                       lambda i, v=values: f"annotations[{i}] says {v[i]}")
       owners[key] = np.where(unknown, known[0], values)
-    row_of = np.argsort(self.image_ids)
-    images = row_of[np.searchsorted(self.image_ids, owners["image_id"], sorter=row_of)]
-    labels = np.searchsorted(self.category_ids, owners["category_id"]).astype(np.int32)
+    problems.take(columns)
+    row_of = np.argsort(image_ids)
+    images = row_of[np.searchsorted(image_ids, owners["image_id"], sorter=row_of)]
+    labels = np.searchsorted(about["category_ids"], owners["category_id"]).astype(np.int32)
 
-    boxes = _boxes(problems, rows)
-    negative = (boxes[:, 2:] < 0).any(1)
-    problems.error(f"{table}.bbox of negative width or height", np.flatnonzero(negative), lambda i: f"annotations[{i}] {_repr(rows[i]['bbox'])}")
-    boxes[negative] = STAND_IN
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    limits = self.sizes[images][:, ::-1]
-    over = (corners[:, 2:] > limits + 1).any(1)
-    if len(boxes) and corners.max() <= 1 and (boxes % 1).any():
-      problems.error(f"{table}.bbox all between 0 and 1; boxes are [x, y, width, height] in pixels", np.arange(len(boxes)), name)
-    if len(boxes) >= 10 and over.mean() >= 0.5 and (boxes[:, 2:] > boxes[:, :2]).all():
+    corners = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], 1)
+    over = (corners[:, 2:] > sizes[images][:, ::-1] + 1).any(1)
+    if len(bbox) and corners.max() <= 1 and (bbox % 1).any():
+      problems.error(f"{table}.bbox all between 0 and 1; boxes are [x, y, width, height] in pixels", np.arange(len(bbox)), name)
+    if len(bbox) >= 10 and over.mean() >= 0.5 and (bbox[:, 2:] > bbox[:, :2]).all():
       problems.error(f"{table}.bbox over the border as if they were corners; boxes are [x, y, width, height] in pixels", np.flatnonzero(over), name)
-    keep = np.flatnonzero(check_boxes(problems, corners, labels, images, self.sizes, (boxes[:, 2:] == 0).any(1),
-                                      lambda i: shown(self.file_names[i]), name))
-    crowd, areas = self._crowd(rows, problems, name), self._areas(rows, boxes, problems, name)
+    keep = np.flatnonzero(check_boxes(problems, corners, labels, images, sizes, (bbox[:, 2:] == 0).any(1), lambda i: shown(file_names[i]), name))
 
     keep = keep[np.argsort(images[keep], kind="stable")]
-    self.annotation_ids, self.boxes, self.labels, self.crowd, self.areas = (x[keep] for x in (ids, boxes, labels, crowd, areas))
-    self.offsets = np.searchsorted(images[keep], np.arange(len(self.image_ids) + 1))
-    self.max_boxes = int(np.bincount(images[keep][~self.crowd], minlength=1).max())
-    unused = np.flatnonzero(np.bincount(self.labels, minlength=len(self.class_names)) == 0)
-    problems.note("classes without a box", unused, lambda k: shown(self.class_names[k]))
-
-  def _crowd(self, rows: list[dict[str, Any]], problems: Problems, name: Callable[[int], str]) -> np.ndarray:
-    flags = [row.get("iscrowd", 0) for row in rows]
-    if not set(map(type, flags)) <= {int} or not set(flags) <= {0, 1}:
-      read = {int, bool, type(None)}
-      problems.error("annotations[].iscrowd is neither 0 nor 1", [i for i, flag in enumerate(flags) if type(flag) not in read], name)
-      odd = [i for i, flag in enumerate(flags) if type(flag) in read and (type(flag) is not int or flag not in (0, 1))]
-      problems.odd("annotations[].iscrowd is neither 0 nor 1, taken as 1 unless false, null or 0", odd, name)
-    return np.array(list(map(bool, flags)), bool)
-
-  def _areas(self, rows: list[dict[str, Any]], boxes: np.ndarray, problems: Problems, name: Callable[[int], str]) -> np.ndarray:
-    given = [row.get("area") for row in rows]
-    problems.error("annotations[].area is not a number", [i for i, a in enumerate(given) if type(a) not in (int, float, type(None))], name)
-    areas = np.array([float(a) if type(a) in (int, float) and abs(a) <= FARTHEST ** 2 else np.nan for a in given], np.float64)
-    unknown = ~(areas >= 0)
-    problems.odd("annotations[].area missing, negative or not finite, taken as the box's", np.flatnonzero(unknown), name)
-    return np.where(unknown, boxes[:, 2] * boxes[:, 3], areas)
+    images, labels = images[keep], labels[keep]
+    about["max_boxes"] = int(np.bincount(images[~iscrowd[keep]], minlength=1).max())
+    unused = np.flatnonzero(np.bincount(labels, minlength=len(about["class_names"])) == 0)
+    problems.note("classes without a box", unused, lambda k: shown(about["class_names"][k]))
+    return {"annotation_ids": ids[keep], "boxes": bbox[keep], "labels": labels, "crowd": iscrowd[keep], "areas": area[keep],
+            "offsets": np.searchsorted(images, np.arange(len(image_ids) + 1))}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  if len(fields := dict(pairs)) != len(pairs): raise ValueError("an object in it has two fields of one name")
-  return fields
+# What is read of the rows of each table: the columns of a portion that begins with row number `first`, as arrays.
+
+def _category_columns(problems: Problems, rows: list[dict[str, Any]], first: int) -> Arrays:
+  names = _column(problems, rows, first, "categories", "name", {str}, "a text", lambda i: f"category {i}")
+  return {"name": np.array(names, object), "id": _ids(problems, rows, first, "categories", 0)}
 
 
-def _column(problems: Problems, rows: list[dict[str, Any]], table: str, key: str, kinds: set[type], expected: str, stand_in: Callable[[int], Any],
-            low: int | None = None, high: int | None = None) -> list[Any]:
-  """`key` of every row. What is missing, of another type than `kinds`, or not in [low, high] is reported, and `stand_in` of its row taken."""
+def _image_columns(problems: Problems, rows: list[dict[str, Any]], first: int) -> Arrays:
+  column = partial(_column, problems, rows, first, "images")
+  return {"id": _ids(problems, rows, first, "images", 0),   # -1 stands for padding in a batch
+          **{key: np.array(column(key, {int}, "a positive whole number", lambda _: INT32, 1, INT32 - 1), np.int32) for key in ("height", "width")},
+          "file_name": np.array(column("file_name", {str}, "a text", lambda _: None), object)}
+
+
+def _annotation_columns(problems: Problems, rows: list[dict[str, Any]], first: int) -> Arrays:
+  def name(i: int) -> str: return f"annotation id {rows[i].get('id')}"
+  owners = {key: np.array(_column(problems, rows, first, "annotations", key, {int}, "a whole number", lambda _: NO_ID, -INT64, INT64), np.int64)
+            for key in ("image_id", "category_id")}
+  boxes = _boxes(problems, rows, first)
+  negative = (boxes[:, 2:] < 0).any(1)
+  problems.error("annotations[].bbox of negative width or height", np.flatnonzero(negative),
+                 lambda i: f"annotations[{first + i}] {_repr(rows[i]['bbox'])}")
+  boxes[negative] = STAND_IN
+  return {"id": _ids(problems, rows, first, "annotations", -INT64), **owners, "bbox": boxes, "iscrowd": _crowd(problems, rows, name),
+          "area": _areas(problems, rows, boxes, name)}
+
+
+COLUMNS = {"images": _image_columns, "annotations": _annotation_columns, "categories": _category_columns}
+
+
+def _crowd(problems: Problems, rows: list[dict[str, Any]], name: Callable[[int], str]) -> np.ndarray:
+  flags = [row.get("iscrowd", 0) for row in rows]
+  if not set(map(type, flags)) <= {int} or not set(flags) <= {0, 1}:
+    read = {int, bool, type(None)}
+    problems.error("annotations[].iscrowd is neither 0 nor 1", [i for i, flag in enumerate(flags) if type(flag) not in read], name)
+    odd = [i for i, flag in enumerate(flags) if type(flag) in read and (type(flag) is not int or flag not in (0, 1))]
+    problems.odd("annotations[].iscrowd is neither 0 nor 1, taken as 1 unless false, null or 0", odd, name)
+  return np.array(list(map(bool, flags)), bool)
+
+
+def _areas(problems: Problems, rows: list[dict[str, Any]], boxes: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+  given = [row.get("area") for row in rows]
+  problems.error("annotations[].area is not a number", [i for i, a in enumerate(given) if type(a) not in (int, float, type(None))], name)
+  areas = np.array([float(a) if type(a) in (int, float) and abs(a) <= FARTHEST ** 2 else np.nan for a in given], np.float64)
+  unknown = ~(areas >= 0)
+  problems.odd("annotations[].area missing, negative or not finite, taken as the box's", np.flatnonzero(unknown), name)
+  return np.where(unknown, boxes[:, 2] * boxes[:, 3], areas)
+
+
+def _column(problems: Problems, rows: list[dict[str, Any]], first: int, table: str, key: str, kinds: set[type], expected: str,
+            stand_in: Callable[[int], Any], low: int | None = None, high: int | None = None) -> list[Any]:
+  """`key` of every row. What is missing, of another type than `kinds`, or not in [low, high] is reported, and `stand_in` of its number taken."""
   column = [row.get(key) for row in rows]
   if set(map(type, column)) <= kinds and (low is None or not column or (low <= min(column) and max(column) <= high)): return column
   bad = {i for i, value in enumerate(column) if type(value) not in kinds or (low is not None and not low <= value <= high)}
-  problems.error(f"{table}[].{key} missing", missing := [i for i in sorted(bad) if key not in rows[i]], lambda i: f"{table}[{i}]")
-  problems.error(f"{table}[].{key} is not {expected}", sorted(bad.difference(missing)), lambda i: f"{table}[{i}] {_repr(column[i])}")
-  return [stand_in(i) if i in bad else value for i, value in enumerate(column)]
+  problems.error(f"{table}[].{key} missing", missing := [i for i in sorted(bad) if key not in rows[i]], lambda i: f"{table}[{first + i}]")
+  problems.error(f"{table}[].{key} is not {expected}", sorted(bad.difference(missing)), lambda i: f"{table}[{first + i}] {_repr(column[i])}")
+  return [stand_in(first + i) if i in bad else value for i, value in enumerate(column)]
 
 
-def _ids(report: Callable, what: str, problems: Problems, rows: list[dict[str, Any]], table: str, low: int) -> np.ndarray:
-  """`id` of every row, i64; `report`s those used more than once."""
+def _ids(problems: Problems, rows: list[dict[str, Any]], first: int, table: str, low: int) -> np.ndarray:
+  """`id` of every row, i64."""
   expected = "a whole number" if low else "a whole number from 0"
-  ids = np.array(_column(problems, rows, table, "id", {int}, expected, lambda i: -1 - i, low, INT64), np.int64)
-  values, counts = np.unique(ids, return_counts=True)
-  report(what, values[counts > 1])
-  return ids
+  return np.array(_column(problems, rows, first, table, "id", {int}, expected, lambda i: -1 - i, low, INT64), np.int64)
 
 
-def _boxes(problems: Problems, rows: list[dict[str, Any]]) -> np.ndarray:
+def _boxes(problems: Problems, rows: list[dict[str, Any]], first: int) -> np.ndarray:
   """`bbox` of every annotation, f64 [N,4]; a small box stands in for what is none."""
-  column = _column(problems, rows, "annotations", "bbox", {list}, "a list", lambda _: STAND_IN)
+  column = _column(problems, rows, first, "annotations", "bbox", {list}, "a list", lambda _: STAND_IN)
   if set(map(len, column)) <= {4} and set(map(type, chain.from_iterable(column))) <= {int, float}:
     try: boxes = np.array(column, np.float64).reshape(-1, 4)
     except OverflowError: boxes = np.array([[np.inf] * 4])
     if (np.abs(boxes) <= FARTHEST).all(): return boxes
   bad = {i for i, box in enumerate(column) if len(box) != 4 or not all(type(x) in (int, float) and abs(x) <= FARTHEST for x in box)}
   problems.error("annotations[].bbox is not four numbers [x, y, width, height] of at most a million pixels", sorted(bad),
-                 lambda i: f"annotations[{i}] {_repr(column[i])}")
+                 lambda i: f"annotations[{first + i}] {_repr(column[i])}")
   return np.array([STAND_IN if i in bad else box for i, box in enumerate(column)], np.float64)
+
+
+def _repeated_ids(ids: np.ndarray) -> np.ndarray:
+  ordered = np.sort(ids)
+  return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def _repeated(names: list[str]) -> list[str]:

@@ -33,6 +33,13 @@ class Problems:
     """Add `rows` to what a user may want to know and need not mend."""
     _add(self._warnings, what, rows, name)
 
+  def take(self, other: "Problems") -> None:
+    """Add what `other` found."""
+    for mine, theirs in ((self._errors, other._errors), (self._warnings, other._warnings)):
+      for what, (count, names) in theirs.items():
+        before, first = mine.get(what, (0, []))
+        mine[what] = before + count, [*first, *(n for n in names if n not in first)][:FIRST]
+
   def finish(self) -> list[str]:
     """The oddities and notes, one line a kind; UserError with all errors if there is one, in one line if they are of one kind."""
     lines = _lines(self._errors)
@@ -84,9 +91,9 @@ def check_boxes(problems: Problems, corners: np.ndarray, labels: np.ndarray, ima
   empty = flat | (clipped[:, 2:] <= clipped[:, :2]).any(1)
   outside = ~empty & (np.abs(clipped - corners).max(1, initial=0) > 1)
   order = np.lexsort([*corners.T, labels, images])
-  rows = np.column_stack([images, labels, corners])[order]
   again = np.zeros(len(order), bool)
-  again[order[1:]] = (rows[1:] == rows[:-1]).all(1)
+  again[order[1:]] = True
+  for column in (images, labels, *corners.T): again[order[1:]] &= column[order[1:]] == column[order[:-1]]
   problems.odd("boxes without area inside their image, dropped", np.flatnonzero(empty), box_name)
   problems.odd("boxes more than 1 pixel over the border of their image, clipped", np.flatnonzero(outside), box_name)
   problems.odd("boxes written again, same image, class and corners, kept", np.flatnonzero(again & ~empty), box_name)

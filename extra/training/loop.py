@@ -153,13 +153,15 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
 
 def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, ...]], tracker: Tracker, checkpoints: Checkpoints, signals: Signals,
           *, epochs: int, start: dict | None = None, log_every: int = 10, max_skipped: int = 20,
-          after_epoch: Callable[[int, int], bool | None] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "",
+          after_epoch: Callable[[int, int], Any] = lambda epoch, steps: None, explain: Callable[..., str] = lambda *tensors: "",
           forecast: Callable[[float, float], tuple[dict[str, float], str]] = lambda epochs, images_per_second: ({}, ""), ranks: Ranks = ALONE) -> int:
   """Run `step` over the batches of `epochs` epochs and return the number of steps done.
 
   `to_device(batch)` gives the tensors of a step. The mean of each scalar over `log_every` steps goes to `tracker` as `train/<name>`, with the speed.
-  After each epoch comes `after_epoch(epochs done, steps done)`: None where there was nothing to do, True to end the run. `start` is the metadata of
-  the checkpoint to go on from: the run is then the same, to the last bit, as one that was never interrupted.
+  After each epoch comes `after_epoch(epochs done, steps done)`: None where there was nothing to do, True to end the run, or an evaluation that is
+  under way, of which `ready()` says whether it is done and `finish()` waits for it and says whether to end. Until then the only checkpoint is that of
+  its weights, from where a resumed run repeats it; what asks for another one waits for it. `start` is the metadata of the checkpoint to go on from:
+  the run is then the same, to the last bit, as one that was never interrupted.
   `checkpoints` are written when due, when `signals` ask for one or end the run, after each `after_epoch` that did something, and when data cannot be
   loaded (UserError). A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in a row the run ends with a
   UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors. `forecast(epochs done, images a second)` makes of
@@ -168,23 +170,40 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
   progress, since, timed, compiled = Progress(per_epoch * epochs, loader.batch_size), None, 0, set()
+  pending: tuple[int, Any] | None = None   # epoch and evaluation that is under way
 
   def save() -> None: checkpoints.save(done, {"epoch": done / per_epoch, "evaluated": evaluated, "window": window, "skipped": skipped})
 
-  def between_steps(failure: UserError | None) -> bool:
-    """Save and stop as is due; whether the data failed any rank."""
-    stop, asked, due, failed = signals.agree(checkpoints.due(done), failure is not None)
-    if stop or asked or due: save()
+  def finish_pending() -> bool:
+    """Wait for an evaluation that is under way; True ends the run."""
+    nonlocal evaluated, pending
+    if pending is None: return False
+    (epoch, evaluation), pending = pending, None
+    progress.close()
+    ends = evaluation.finish()
+    evaluated = epoch
+    return ends
+
+  def between_steps(failure: UserError | None) -> tuple[bool, bool]:
+    """Save and stop as is due; whether the data failed any rank, and whether the run ends."""
+    ready = pending is not None and pending[1].ready()
+    stop, asked, due, failed, ready = signals.agree(checkpoints.due(done), failure is not None, ready)
+    ends = bool(ready or stop or asked) and finish_pending()
+    if stop or asked or ends or (due and pending is None): save()
     if stop: raise Stopped(stop)
-    return bool(failed)
+    return bool(failed), ends
 
   def finish_epoch(epoch: int) -> bool:
-    nonlocal evaluated
+    nonlocal evaluated, pending
+    if finish_pending():
+      save()
+      return True
     try: ends = after_epoch(epoch, done)
     except Stopped:
       save()
       raise
-    evaluated = epoch
+    if hasattr(ends, "ready"): ends, pending = False, (epoch, ends)
+    else: evaluated = epoch
     if ends is not None: save()
     return bool(ends)
 
@@ -228,13 +247,18 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
         tracker.log(means | {"train/memory": GlobalCounters.mem_used}, done, done / per_epoch)
         since, timed = time.monotonic(), 0
         window.clear()
-      failed = between_steps(failure)
+      failed, ends = between_steps(failure)
+      if ends: return done
     progress.close()
     if failed:   # the weights are whole, whatever became of the data
+      finish_pending()
       if done: save()
       ranks.raise_together(failure)
     if finish_epoch(epoch + 1): break
     since = since and time.monotonic()
+  if pending is not None:
+    finish_pending()
+    save()
   return done
 
 

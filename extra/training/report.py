@@ -134,7 +134,7 @@ def write(folder: str | Path, *, compare: Sequence[str | Path] = (), out: str | 
 
 @dataclass
 class Run:
-  """What a folder holds of a run. lines are those of metrics.jsonl, without steps that a resumed run did again."""
+  """What a folder holds of a run. lines are those of metrics.jsonl in the order of steps, without steps that a resumed run did again."""
   folder: Path
   name: str
   config: dict[str, Any]
@@ -188,7 +188,7 @@ def read_run(folder: str | Path) -> Run:
   folder = Path(folder)
   if not (folder/"config.json").exists() and not (folder/"metrics.jsonl").exists():
     raise UserError(f"{folder}: is not the folder of a run, which has a config.json and a metrics.jsonl")
-  lines: list[dict] = []
+  lines, newest = [], 0
   try: text = (folder/"metrics.jsonl").read_bytes().decode("utf-8", "replace")
   except FileNotFoundError: text = ""
   except OSError as e: raise UserError(f"cannot read {folder/'metrics.jsonl'}: {e.strerror or e}") from e
@@ -196,9 +196,12 @@ def read_run(folder: str | Path) -> Run:
     try: line = json.loads(row)
     except ValueError: continue   # a line that a crash left unfinished
     if not isinstance(line, dict) or not all(isinstance(line.get(key), (int, float)) for key in ("step", "epoch", "seconds")): continue
-    while lines and lines[-1]["step"] > line["step"]: lines.pop()
+    if line["step"] < newest and not any(key.startswith("eval/") for key in line):   # an evaluation may be scored while the training goes on
+      lines = [before for before in lines if before["step"] <= line["step"]]
+      newest = line["step"]
+    newest = max(newest, line["step"])
     lines.append(line)
-  return Run(folder, folder.resolve().name, _object(folder/"config.json"), lines,
+  return Run(folder, folder.resolve().name, _object(folder/"config.json"), sorted(lines, key=lambda line: line["step"]),
              *(_object(folder/f"{name}.json") for name in ("summary", "evaluation", "environment")))
 
 
@@ -346,7 +349,8 @@ def _bytes(runs: list[Run]) -> tuple[str, float]:
 def _single(run: Run) -> dict[str, Any]:
   """What the template shows of one run."""
   scalars = dict.fromkeys(key.removeprefix("train/") for line in run.lines for key in line if key.startswith("train/"))
-  losses = [name for name in scalars if name not in ("lr", "images_per_s", "memory", "gradient_norm", "skipped", "loss_scale", "accuracy", "hours_to_target")]
+  others = ("lr", "images_per_s", "memory", "gradient_norm", "skipped", "loss_scale", "accuracy", "hours_to_target")
+  losses = [name for name in scalars if name not in others]
   scores = ["top1", "top5"] if run.score == "top1" else ["mAP", "mAP50", "mAP75"]
   unit, seconds = _clock([run])
   memory, scale = _bytes([run])

@@ -46,11 +46,16 @@ class Checkpoints:
     self._thread = threading.Thread(target=self._write, args=(step, arrays, self.about | progress | {"step": step}), name="checkpoint")
     self._thread.start()
 
-  def keep_best(self, metadata: dict, half: bool = False) -> None:
-    """Write the weights as they are now to `folder`/best.safetensors, in half precision if asked; reported where it fails, and the run goes on."""
+  def weights(self) -> dict[str, np.ndarray]:
+    """A copy of the weights as they are now; nothing on a rank that does not write them."""
+    if self.ranks.rank: return {}
+    return {key.removeprefix("model."): np.array(t.numpy()) for key, t in self.tensors.items() if key.startswith("model.")}
+
+  def keep_best(self, metadata: dict, half: bool = False, weights: dict[str, np.ndarray] | None = None) -> None:
+    """Write `weights`, by default those of now, to `folder`/best.safetensors, in half precision if asked; reported where it fails, and the run goes
+    on."""
     if self.ranks.rank: return
-    tensors = {key.removeprefix("model."): t for key, t in self.tensors.items() if key.startswith("model.")}
-    try: save_weights(self.folder / "best.safetensors", tensors, self.about | metadata, half)
+    try: save_weights(self.folder / "best.safetensors", self.weights() if weights is None else weights, self.about | metadata, half)
     except UserError as e: warn(f"{e}: the run goes on, and tries again after the next evaluation that is the best")
 
   def wait(self) -> None:

@@ -15,9 +15,9 @@ WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # w
 EPS = 1e-5   # what a norm layer adds to its variance
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict, half: bool = False) -> None:
+def save_weights(path: Path, tensors: Mapping[str, Tensor | np.ndarray], metadata: dict, half: bool = False) -> None:
   """Write weights alone, under torchvision's keys; in half precision where `half` and the tensor is float32."""
-  arrays = {k: t.numpy() for k, t in tensors.items()}
+  arrays = {k: t if isinstance(t, np.ndarray) else t.numpy() for k, t in tensors.items()}
   checkpoint.save(path, {k: a.astype(np.float16) if half and a.dtype == np.float32 else a for k, a in arrays.items()}, metadata)
 
 
