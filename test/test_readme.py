@@ -15,7 +15,8 @@ def test_every_setting_is_in_the_readme_and_none_is_invented():
   flags = flags_of("train_retinanet")
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   assert {match[1] for match in re.finditer(r"^\| `(--[a-z-]+)` \|", readme, re.M)} == flags
-  flags |= flags_of("train_resnet") | flags_of("evaluate") | flags_of("export_weights") | flags_of("detect") | {"--preset", "--help", "--compare"}
+  for program in ("train_resnet", "evaluate", "export_weights", "detect", "explain"): flags |= flags_of(program)
+  flags |= {"--preset", "--help", "--compare", "--subset"}
   assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
 
 
