@@ -50,11 +50,14 @@ def require_device() -> str:
 def _start_compilers() -> None:
   """Start tinygrad's compiling processes so that they ignore SIGTERM, which a scheduler sends to all processes of a job.
 
-  One that died of it might hold the lock of their queue, and this process would wait for that lock at its exit, for ever."""
-  from tinygrad.engine.worker import get_worker_pool
-  if threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
+  One that died of it might hold the lock of their queue, and this process would wait for that lock at its exit, for ever. Their pool ends them by
+  SIGKILL instead."""
+  from tinygrad.engine import worker
+  process = getattr(worker, "_WorkerProcess", None)
+  if process is None or threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
+  process.terminate = process.kill
   before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # which they inherit
-  try: get_worker_pool()
+  try: worker.get_worker_pool()
   finally: signal.signal(signal.SIGTERM, before)
 
 
