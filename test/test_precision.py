@@ -81,4 +81,4 @@ def test_bf16_follows_float32():
   """Ten steps; fifty, and half, are in docs/benchmarks.md."""
   curves = {dtype: parity.losses_of(dtype, 10, "frozen") for dtype in ("float32", "bf16")}
   away = parity.distances(curves["bf16"], curves["float32"])
-  assert 1e-7 < away[0] < 1e-3 and away.max() < 2e-2, away
+  assert 0 < away[0] and away.mean() < 4e-3 and away.max() < 2e-2, away   # with sums and norms in bf16 the mean was 5.7e-3
