@@ -194,6 +194,16 @@ def test_a_signal_to_one_stops_all_after_the_same_step(stopped):
   assert nobody_left(folder.parent)
 
 
+def test_a_signal_to_a_process_and_its_children(tmp_path):
+  """As Slurm and `timeout` send it; without MPI too."""
+  run = {"out": str(tmp_path), "name": "run", "at": 3, "who": 0, "what": "SIGTERM"}
+  environ = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "OMPI", "SLURM"))} | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, str(HERE / "mpi_program.py"), json.dumps([run])], capture_output=True, check=False, timeout=120, env=environ,
+                        start_new_session=True)
+  assert done.returncode == 128 + signal.SIGTERM and (tmp_path / "run" / "checkpoint-3.safetensors").exists()
+  assert nobody_left(tmp_path)
+
+
 @mpi
 def test_a_killed_rank_ends_all(killed):
   folder, (code, _, _) = killed

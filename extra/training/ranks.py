@@ -2,7 +2,7 @@
 
 A rank is a process with a part of each batch. Rank 0 alone writes and prints. MPI (`pip install mpi4py mpich`) is imported only where a launcher
 started more than one process; `ALONE` is the run of a single one, for which everything here does nothing."""
-import contextlib, itertools, math, os, signal, socket, sys, time, traceback, warnings
+import contextlib, itertools, math, multiprocessing, os, signal, socket, sys, time, traceback, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 import numpy as np
@@ -188,11 +188,12 @@ def _leave(ranks: Ranks, code: Any) -> None:
 
 
 def _exit(code: Any) -> None:
-  """End here and now after a signal. It may have gone to this process's children too, as those of launchers, of Slurm and of `timeout` do, and taken
-  tinygrad's compiling processes, whose pool would then be waited for in vain."""
+  """End here and now after a signal. It may have gone to this process's children too, as those of launchers, of Slurm and of `timeout` do, and have
+  ended one of tinygrad's compiling processes that held the lock of their pool: this process, and those that replace it, would wait for it for ever."""
   if not isinstance(code, int) or code <= 128: return
   sys.stdout.flush()
   sys.stderr.flush()
+  for child in multiprocessing.active_children(): child.kill()
   os._exit(code)
 
 
