@@ -43,3 +43,16 @@ def test_what_the_user_can_mend_exits_with_2(tmp_path, flags, message):
   done = bench(tmp_path, *flags)
   assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="looks into /proc")
+def test_numbers_of_a_small_part_of_openimages(tmp_path):
+  flags = ["--folder", "data", "--images", "300", "--classes", "9", "--workers", "1", "--val-images", "40", "--val-detections", "20"]
+  done = subprocess.run([sys.executable, str(ROOT / "examples" / "bench_scale.py"), *flags], cwd=tmp_path, capture_output=True, text=True,
+                        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}, check=False, timeout=300)
+  assert done.returncode == 0, done.stderr
+  boxes = len(json.loads((tmp_path / "data" / "annotations" / "instances_train.json").read_text())["annotations"])
+  assert all(f"{what} open: 300 pictures, {boxes:,} boxes" in done.stdout for what in ("first", "second"))
+  numbers = re.search(r"each holds, MB: Private_Dirty (\d+), Pss (\d+), Rss (\d+)\n800 detections on 40 pictures, 9 classes", done.stdout)
+  assert numbers and 0 < int(numbers[1]) <= int(numbers[2]) <= int(numbers[3])
+  assert 0 < float(re.search(r"mAP (\S+)", done.stdout)[1]) < 1
