@@ -43,22 +43,25 @@ def require_device() -> str:
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise UserError(f"device {wanted or '(any)'} cannot be opened: {reason}; choose another with DEV, for example DEV=CPU") from e
   if name == "CPU" and not compiles: raise UserError(clangless)
-  _start_compilers()
+  start_compilers()
   return name
 
 
-def _start_compilers() -> None:
-  """Start tinygrad's compiling processes so that they ignore SIGTERM, which a scheduler sends to all processes of a job.
+def start_compilers() -> None:
+  """Start tinygrad's compiling processes, if they are not there yet, so that they ignore SIGTERM and SIGUSR1, which schedulers and mpirun send to all
+  processes of a job.
 
-  One that died of it might hold the lock of their queue, and this process would wait for that lock at its exit, for ever. Their pool ends them by
-  SIGKILL instead."""
+  One that died of it might hold the lock of their queue, and this process would wait for that lock, for ever, at the next kernel or at its exit. Their
+  pool ends them by SIGKILL instead."""
   from tinygrad.engine import worker
   process = getattr(worker, "_WorkerProcess", None)
   if process is None or threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
   process.terminate = process.kill
-  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # which they inherit
+  numbers = [number for name in ("SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None))]
+  before = [signal.signal(number, signal.SIG_IGN) for number in numbers]   # which they inherit
   try: worker.get_worker_pool()
-  finally: signal.signal(signal.SIGTERM, before)
+  finally:
+    for number, handler in zip(numbers, before): signal.signal(number, handler)
 
 
 # tinygrad replaces a process that compiles after 16 kernels, and each new one imports tinygrad first: a tenth of the time to a first step.

@@ -2,16 +2,16 @@
 
 A rank is a process with a part of each batch. Rank 0 alone writes and prints. MPI (`pip install mpi4py mpich`) is imported only where a launcher
 started more than one process; `ALONE` is the run of a single one, for which everything here does nothing."""
-import contextlib, itertools, math, multiprocessing, os, signal, socket, sys, time, traceback, warnings
+import contextlib, itertools, math, os, socket, sys, time, traceback, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer, MultiBuffer
 from tinygrad.dtype import DType, _to_np_dtype
-from tinygrad.engine.worker import get_worker_pool
 from tinygrad.helpers import round_up
 from tinygrad.uop.ops import UOp
+from extra import start_compilers
 from extra.errors import UserError
 from extra.nn.init import assign
 
@@ -126,14 +126,10 @@ ALONE = Ranks()
 def join() -> Iterator[Ranks]:
   """The ranks of this run, for the length of the program. Inside, all but rank 0 are silent; an exception on one rank is reported with its name and
   ends them all, a `SystemExit` is taken to happen on all. UserError where a launcher started this process and MPI does not work."""
-  launched = started_by_launcher(os.environ)
-  _spare_compilers()
-  if launched == 1 or (comm := _connect(launched)) is None:
-    try: yield ALONE
-    except SystemExit as e:
-      _exit(e.code)
-      raise
+  if (launched := started_by_launcher(os.environ)) == 1 or (comm := _connect(launched)) is None:
+    yield ALONE
     return
+  start_compilers()
   ranks = Ranks(comm)
   with contextlib.ExitStack() as stack:
     if ranks.rank:
@@ -182,28 +178,7 @@ def _leave(ranks: Ranks, code: Any) -> None:
   sys.stdout.flush()
   if code: time.sleep(FORWARDED)
   ranks.barrier()
-  if code: ranks._mpi.Finalize()
-  _exit(code)
   sys.exit(code)
-
-
-def _exit(code: Any) -> None:
-  """End here and now after a signal. It may have gone to this process's children too, as those of launchers, of Slurm and of `timeout` do, and have
-  ended one of tinygrad's compiling processes that held the lock of their pool: this process, and those that replace it, would wait for it for ever."""
-  if not isinstance(code, int) or code <= 128: return
-  sys.stdout.flush()
-  sys.stderr.flush()
-  for child in multiprocessing.active_children(): child.kill()
-  os._exit(code)
-
-
-def _spare_compilers() -> None:
-  """Have tinygrad start the processes that compile for it while SIGUSR1 is blocked, which they inherit: mpirun passes a signal on to each rank's
-  children too, and without them the next kernel would be waited for in vain."""
-  if not hasattr(signal, "SIGUSR1"): return
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-  try: get_worker_pool()
-  finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Exchange:
