@@ -51,8 +51,8 @@ def start_compilers() -> None:
   """Start tinygrad's compiling processes, if they are not there yet, so that they ignore SIGTERM and SIGUSR1, which schedulers and mpirun send to all
   processes of a job.
 
-  One that died of it might hold the lock of their queue, and this process would wait for that lock, for ever, at the next kernel or at its exit. Their
-  pool ends them by SIGKILL instead."""
+  One that died of it might hold the lock of their queue, and this process would wait for that lock, for ever, at the next kernel or at its exit.
+  Their pool ends them by SIGKILL instead."""
   from tinygrad.engine import worker
   process = getattr(worker, "_WorkerProcess", None)
   if process is None or threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
