@@ -9,6 +9,7 @@ import numpy as np
 from tinygrad.nn.state import get_state_dict
 from extra.datasets.loader import Loader
 from extra.datasets.sample import Sample
+from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.models.preprocess import normalize
 from extra.nn import init
@@ -111,6 +112,7 @@ def take_turns(ranks: Ranks, file: str) -> None:
 
 if __name__ == "__main__":
   with exit_on_user_error(), join() as ranks:
+    require_device()
     print(f"ranks: {ranks.size}", flush=True)
     for arguments in json.loads(sys.argv[1]):
       if "turns" in arguments: take_turns(ranks, arguments["turns"])
