@@ -35,7 +35,7 @@ class TrainerConfig:
                              show=lambda v: ",".join(map(str, v)) or "none", group="training")
   warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
-  find_lr: int = option(0, "sweep the learning rate over so many updates, 100 say, suggest one, and end; 0 trains", minimum=0, maximum=100_000,
+  find_lr: int = option(0, "sweep the learning rate over so many updates, 100 say, suggest one, and end; 0 trains", minimum=0, maximum=2000,
                         group="training")
   clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
   ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
