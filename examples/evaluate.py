@@ -23,7 +23,7 @@ from extra.detection.coco_metric import CocoMetric, read_results
 from extra.detection.evaluation import evaluate
 from extra.models.preprocess import normalize
 from extra.training import checkpoint
-from extra.training.loop import jit
+from extra.training.graphs import jit
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
 from extra.training.tracking import duration

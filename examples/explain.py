@@ -30,7 +30,7 @@ from extra.detector import Detector, read_picture
 from extra.models import retinanet
 from extra.models.preprocess import normalize
 from extra.training import checkpoint
-from extra.training.loop import jit
+from extra.training.graphs import jit
 from extra.training.pictures import draw_boxes, draw_heat
 
 RANDOM_MAPS = 4       # that a map is compared with: one alone may be lucky

@@ -30,7 +30,8 @@ from extra.models.preprocess import normalize
 from extra.nn.layers import NORMS
 from extra.training import panels, report
 from extra.training.find_lr import find_lr
-from extra.training.loop import jit, make_step, train
+from extra.training.graphs import jit
+from extra.training.loop import make_step, train
 from extra.training.mlperf import MLPerfLog
 from extra.training.numerics import first_not_finite
 from extra.training.parallel import devices, replicate, take_devices, to_devices

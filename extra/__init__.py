@@ -27,7 +27,7 @@ def find_clang() -> str | None:
 
 def require_device() -> str:
   """Open tinygrad's default device, with what compiles for it, and return its name; UserError with the mend where it cannot be opened or, for the
-  CPU, cannot compile."""
+  CPU, cannot compile. What runs on the CPU may use all its cores."""
   from extra.errors import UserError
   from tinygrad import Device
   wanted, compiler = os.environ.get("DEV"), os.environ.get("CC") or "clang"
@@ -42,7 +42,10 @@ def require_device() -> str:
     if not compiles and (wanted is None or wanted.upper().startswith("CPU")): raise UserError(clangless) from e
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise UserError(f"device {wanted or '(any)'} cannot be opened: {reason}; choose another with DEV, for example DEV=CPU") from e
-  if name == "CPU" and not compiles: raise UserError(clangless)
+  if name == "CPU":
+    if not compiles: raise UserError(clangless)
+    from extra.training.cores import use_all_cores
+    use_all_cores()
   start_compilers()
   return name
 

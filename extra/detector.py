@@ -19,7 +19,7 @@ from extra.detection.anchors import anchors, level_sizes
 from extra.errors import UserError
 from extra.models.preprocess import normalize
 from extra.training.config import show_input
-from extra.training.loop import jit
+from extra.training.graphs import jit
 from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
 from extra.training.weights import open_detector

@@ -13,7 +13,8 @@ from extra.datasets.shapes import Shapes
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, pad_to, photometric_jitter, resize_shorter
 from extra.detector import detector
-from extra.training.loop import jit, make_step
+from extra.training.graphs import jit
+from extra.training.loop import make_step
 from extra.training.optim import Optimizer, schedule
 
 ROOT = Path(__file__).parents[1]

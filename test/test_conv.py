@@ -2,7 +2,7 @@
 import numpy as np, pytest
 from tinygrad import Tensor, dtypes
 from extra.nn.conv import conv2d
-from extra.training.loop import jit
+from extra.training.graphs import jit
 
 # batch, channels in and out, height, width, kernel, stride, padding, groups
 CASES = [

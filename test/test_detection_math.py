@@ -8,7 +8,7 @@ from extra.detection import boxes as B
 from extra.detection.anchors import PER_POSITION, anchors, feature_sizes, level_sizes
 from extra.detection.losses import BOX_LOSSES, detection_losses, sigmoid_focal_loss
 from extra.detection.matcher import match
-from extra.training.loop import jit
+from extra.training.graphs import jit
 
 N = 16
 MANY = settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))

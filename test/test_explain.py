@@ -10,7 +10,7 @@ from extra.detection.anchors import PER_POSITION, anchors, feature_sizes
 from extra.detector import Detector
 from extra.errors import UserError
 from extra.training.config import parse, split_words
-from extra.training.loop import jit
+from extra.training.graphs import jit
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("program_explain", ROOT / "examples" / "explain.py")

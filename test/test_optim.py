@@ -2,7 +2,7 @@
 import math
 import numpy as np, pytest
 from tinygrad import Tensor
-from extra.training.loop import jit
+from extra.training.graphs import jit
 from extra.training.optim import Optimizer, schedule, total_norm
 
 SHAPES, UPDATES, LR = {"weight": (3, 4), "bias": (4,)}, 5, 0.05

@@ -2,12 +2,15 @@
 
 tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
+import math
 from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.dtype import DType
 from tinygrad.function import function
+from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
 LANES, TILE = 16, 4  # floats in the widest vector of current processors, and columns that share a vector of weights
 
 
@@ -43,16 +46,24 @@ def _correlate(x: Tensor, weight: Tensor, stride: int, groups: int, pad: tuple[i
     i, p, q = (UOp.range(n, 4 + axis, AxisType.REDUCE) for axis, n in enumerate((in_channels, *taps)))
     total = _product(x[b, i, h * stride + p, w * stride + q], weight[o, i, p, q]).reduce(i, p, q, arg=Ops.ADD).cast(out.dtype)
     tile = {1: LANES, 3: TILE} if out_channels % LANES == 0 else {1: TILE, 3: LANES}
-    return out[b, o, h, w].store(total).end(b, o, h, w).sink(arg=KernelInfo(name="conv", opts_to_apply=_tile(shape, tile)))
+    info = KernelInfo(name="conv", opts_to_apply=_tile(shape, tile, math.prod(weight.shape[1:])))
+    return out[b, o, h, w].store(total).end(b, o, h, w).sink(arg=info)
 
   return out.custom_kernel(x.contiguous(), weight.contiguous(), fxn=kernel)[0].reshape(*shape[:2], *size)
 
 
-def _tile(shape: tuple[int, ...], tile: dict[int, int]) -> tuple[Opt, ...]:
-  """Compute the largest part of `tile` (axis -> elements) that divides `shape` at once. Later axes first, and counted without those of length 1:
-  both an axis of one element and one that is computed whole are gone from the numbering."""
+def _tile(shape: tuple[int, ...], tile: dict[int, int], products: int) -> tuple[Opt, ...]:
+  """Compute the largest part of `tile` (axis -> elements) that divides `shape` at once, and a part of what is left, of `products` for each element,
+  on each core. Later axes first, and counted without those of length 1: both an axis of one element and one that is computed whole are gone from the
+  numbering."""
   lengths = {axis: next(n for n in range(min(shape[axis], most), 0, -1) if shape[axis] % n == 0) for axis, most in sorted(tile.items(), reverse=True)}
-  return tuple(Opt(OptOps.UPCAST, sum(n > 1 for n in shape[:axis]), length) for axis, length in lengths.items() if length > 1)
+  tiles = [Opt(OptOps.UPCAST, sum(n > 1 for n in shape[:axis]), length) for axis, length in lengths.items() if length > 1]
+  left = [n // lengths.get(axis, 1) for axis, n in enumerate(shape)]
+  cores = min(NUM_CPU_THREADS.value, math.prod(shape) * products // LEAST_WORK)
+  for count in range(cores, 1, -1):
+    for axis, n in enumerate(left):
+      if n % count == 0: return (*tiles, Opt(OptOps.THREAD, sum(n > 1 for n in left[:axis]), count))
+  return tuple(tiles)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
@@ -104,7 +115,7 @@ def _cpu_weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], strid
     grad = grad.permute(0, 2, 3, 1)
     shape, tile = (in_channels, taps_y, taps_x, out_channels), {2: TILE, 3: LANES} if taps_x > 1 else {0: TILE, 3: LANES}
   # Where the kernel has one place to be, tinygrad joins axes and numbers them anew; there is too little work for a tile to matter.
-  info = KernelInfo(name="conv_weight_gradient", opts_to_apply=_tile(shape, tile) if min(rows, columns) > 1 else None)
+  info = KernelInfo(name="conv_weight_gradient", opts_to_apply=_tile(shape, tile, batch * rows * columns) if min(rows, columns) > 1 else None)
 
   def accumulate(out: UOp, x: UOp, grad: UOp) -> UOp:
     axes = [UOp.range(n, axis) for axis, n in enumerate(shape)]

@@ -1,47 +1,17 @@
 """The loop that every trainer here runs. A task brings its losses; this brings the gradient, the update, the log and the clock."""
 import contextlib, itertools, math, time
-from types import SimpleNamespace
 from typing import Any
-from collections import Counter
 from collections.abc import Callable, Iterator
-from unittest.mock import patch
 import numpy as np
-from tinygrad import Context, GlobalCounters, Tensor, TinyJit, dtypes
-from tinygrad.dtype import DType
+from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.helpers import to_tuple
-from tinygrad.schedule import memory
-from tinygrad.uop.ops import UOp
 from extra.errors import UserError
+from extra.training.graphs import jit
 from extra.training.optim import Optimizer
 from extra.training.ranks import ALONE, WIRES, Exchange, Ranks
 from extra.training.resume import Checkpoints
 from extra.training.signals import Signals, Stopped
 from extra.training.tracking import Progress, Tracker, warn
-
-
-def jit(function: Callable) -> Callable:
-  """`function` of tensors as a captured graph (`TinyJit`) for each set of their shapes. All its inputs and state must be realised.
-
-  A graph is captured at the first call with its shapes rather than the second, so that it is scheduled once. What the graphs compute on the way lies
-  in one memory, the first one's if it is the largest: they never run at the same time."""
-  graphs: dict[tuple, TinyJit] = {}
-  workspaces: dict[tuple, UOp] = {}
-
-  def call(*tensors: Tensor) -> Any:
-    if (shapes := tuple(tensor.shape for tensor in tensors)) in graphs: return graphs[shapes](*tensors)
-    count: Counter = Counter()   # a device has a workspace for kernels and one for copies
-    def workspace(device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
-      count[device] += 1
-      if (at := (device, count[device])) not in workspaces or workspaces[at].max_numel() < size:
-        workspaces[at] = UOp.new_buffer(device, size, dtype)
-      return workspaces[at]
-    graph = TinyJit(function)
-    graph.cnt = 1
-    # tinygrad's planner of that memory asks for it here, and nowhere else
-    with patch.object(memory, "UOp", SimpleNamespace(new_buffer=workspace)): result = graph(*tensors)
-    graphs[shapes] = graph
-    return result
-  return call
 
 
 def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, buffers: list[Tensor], accumulate: int = 1,

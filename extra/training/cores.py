@@ -1,0 +1,89 @@
+"""tinygrad's CPU device on all cores, and without Python's toll at each kernel of a captured graph.
+
+tinygrad 0.14 divides large kernels into parts for several cores, and then runs the parts one after another. Here they run side by side."""
+import ctypes, threading, time
+from queue import SimpleQueue
+from typing import Any
+from tinygrad import Device, GlobalCounters
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.helpers import DEBUG, NUM_CPU_THREADS
+from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.uop.ops import UOp
+
+Arguments = list[ctypes.c_uint64]
+
+_parts: SimpleQueue = SimpleQueue()
+_threads: list[threading.Thread] = []
+
+
+def use_all_cores() -> None:
+  """Let kernels that this process runs on the CPU use as many cores as tinygrad's NUM_CPU_THREADS says, by default all of them."""
+  device = Device["CPU"]
+  device.runtime_t = ThreadedProgram
+  if DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
+
+
+def _serve() -> None:
+  while True:
+    function, arguments, done = _parts.get()
+    function(*arguments)
+    done.put(None)
+
+
+def _run(function: Any, parts: list[Arguments]) -> None:
+  """Call `function`, machine code that Python's lock is not held for, with each of `parts`, side by side."""
+  while len(_threads) < min(len(parts), NUM_CPU_THREADS.value) - 1:
+    _threads.append(thread := threading.Thread(target=_serve, daemon=True))
+    thread.start()
+  done: SimpleQueue = SimpleQueue()
+  for arguments in parts[1:]: _parts.put((function, arguments, done))
+  function(*parts[0])
+  for _ in parts[1:]: done.get()
+
+
+class ThreadedProgram(CPUProgram):
+  """A kernel whose parts, numbered by its argument `core_id`, run side by side."""
+
+  def arguments(self, bufs: list[Any], vals: tuple[int | None, ...], count: int) -> list[Arguments]:
+    """Those of each of `count` parts: addresses, then numbers."""
+    slot = self.runtimevars.get("core_id")
+    values = [*(buf.va_addr for buf in bufs), *vals]
+    return [[ctypes.c_uint64(part if i == slot else value) for i, value in enumerate(values)] for part in range(count)]
+
+  def __call__(self, *bufs: Any, global_size: tuple[int, int, int] = (1, 1, 1), vals: tuple[int | None, ...] = (), **options: Any) -> float | None:
+    if self.lvp or global_size[0] == 1: return super().__call__(*bufs, global_size=global_size, vals=vals, **options)
+    begun = time.perf_counter()
+    _run(self.fxn, self.arguments(bufs, vals, global_size[0]))
+    return time.perf_counter() - begun if options.get("wait") else None
+
+
+class CPUGraph(GraphRunner):
+  """Kernels of a captured graph with their arguments made up in advance: tinygrad's own way there takes as long as many of the kernels."""
+
+  def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
+    super().__init__(linear, input_uops)
+    self.kernels: list[tuple[Any, list[Arguments]]] = []
+    self.inputs: list[tuple[int, list[ctypes.c_uint64]]] = []   # their number, and the arguments that are their address
+    places: dict[int, list[ctypes.c_uint64]] = {}
+    for (_, program, bufs, device_vars), runtime, replaced in zip(self.calls, self.runtimes, self.uop_replace):
+      count = program.arg.launch_dims(device_vars)[0][0]
+      parts = runtime.arguments([bufs[i].get_buf(runtime.dev.device) for i in program.arg.globals], program.arg.vals(device_vars), count)
+      self.kernels.append((runtime.fxn, parts))
+      for position, number in replaced:
+        if position in program.arg.globals:
+          places.setdefault(number, []).extend(arguments[program.arg.globals.index(position)] for arguments in parts)
+    self.inputs = list(places.items())
+
+  @staticmethod
+  def supports_uop(batch_devs: list[Any], new_call: UOp) -> bool:
+    return GraphRunner.supports_uop(batch_devs, new_call) and set(new_call.src[0].arg.runtimevars) == {v.expr for v in new_call.src[0].arg.vars}
+
+  def __call__(self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False) -> float | None:
+    for number, arguments in self.inputs:
+      address = input_uops[number].buffer.ensure_allocated()._buf.va_addr
+      for argument in arguments: argument.value = address
+    for function, parts in self.kernels:
+      if len(parts) == 1: function(*parts[0])
+      else: _run(function, parts)
+    GlobalCounters.kernel_count += len(self.kernels) - 1   # tinygrad counts the graph as one
+    return None

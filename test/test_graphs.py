@@ -1,0 +1,141 @@
+"""The cache of captured graphs: what comes from it equals what was captured, in another process too, and nothing stale ever does."""
+import os, subprocess, sys
+import numpy as np
+import pytest
+from tinygrad import Context, Tensor
+from extra.cache import cache_folder
+from extra.training import graphs
+from extra.training.graphs import jit
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def files() -> list: return sorted(cache_folder("graphs").glob("*.graph"))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list:
+  """One entry for each graph that was not in the cache."""
+  calls, make = [], graphs._make
+  monkeypatch.setattr(graphs, "_make", lambda *args: calls.append(1) or make(*args))
+  return calls
+
+
+def trainer(scale: float = 0.1, hold: bool = False):
+  """A small layer that learns, and what it has learnt."""
+  weight, steps = (Tensor(np.random.default_rng(i).standard_normal((8, 8)).astype(np.float32)).realize() for i in range(2))
+  held = []
+  @jit
+  def step(x: Tensor) -> Tensor:
+    hidden = (x @ weight).tanh().contiguous()
+    if hold: held.append(hidden)
+    loss = (hidden - 0.5).square().mean()
+    gradient = loss.gradient(weight)[0]
+    Tensor.realize(loss, weight.assign(weight - scale * gradient), steps.assign(steps + 1))
+    return loss
+  return step, weight, steps, held
+
+
+def run(step, count: int = 3) -> list[float]:
+  return [step(Tensor(np.random.default_rng(10 + i).standard_normal((4, 8)).astype(np.float32)).realize()).item() for i in range(count)]
+
+
+def test_a_second_graph_of_the_same_kind_comes_from_the_cache(made):
+  step, weight, steps, _ = trainer()
+  first = run(step)
+  again, other_weight, other_steps, _ = trainer()
+  assert run(again) == first and len(made) == len(files()) == 1
+  assert (weight.numpy() == other_weight.numpy()).all() and (steps.numpy() == other_steps.numpy()).all()
+  assert run(step) == run(again), "the two share their state"
+  first_weight = weight.numpy()
+  run(again)
+  assert (weight.numpy() == first_weight).all()
+
+
+def test_the_cached_graph_learns_as_numpy_does():
+  run(trainer()[0], 1)
+  step, weight, _, _ = trainer()
+  expected = weight.numpy().astype(np.float64)
+  for i in range(3):
+    x = np.random.default_rng(10 + i).standard_normal((4, 8)).astype(np.float32).astype(np.float64)
+    hidden = np.tanh(x @ expected)
+    expected -= 0.1 * x.T @ (2 * (hidden - 0.5) / hidden.size * (1 - hidden ** 2))
+  run(step, 3)
+  np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_constant_shape_setting_or_held_tensor_is_another_graph(made):
+  def count(step, **variables) -> int:
+    before = len(made)
+    with Context(**variables): run(step, 1)
+    return len(made) - before
+  assert count(trainer()[0]) == 1 and count(trainer()[0]) == 0
+  assert count(trainer(scale=0.2)[0]) == 1
+  assert count(trainer()[0], NOOPT=1) == 1
+  assert count(trainer(hold=True)[0]) == 1
+  step, _, _, _ = trainer()
+  step(Tensor.ones(6, 8).contiguous().realize())
+  assert len(made) == 5
+
+
+def test_a_tensor_that_is_held_has_its_value(made):
+  run(trainer()[0], 1)   # does not hold it
+  step, weight, _, held = trainer(hold=True)
+  x = np.random.default_rng(10).standard_normal((4, 8)).astype(np.float32)
+  expected = np.tanh(x @ weight.numpy())
+  run(step, 1)
+  np.testing.assert_allclose(held[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spoil", [lambda content: content[:100], lambda content: b"", lambda content: content[:-1] + b"x"])
+def test_a_spoilt_file_is_made_anew(made, spoil):
+  first = run(trainer()[0])
+  file, = files()
+  whole = file.read_bytes()
+  file.write_bytes(spoil(whole))
+  assert run(trainer()[0]) == first and len(made) == 2
+  assert run(trainer()[0]) == first and len(made) == 2
+
+
+def test_no_cache_where_tinygrad_is_told_to_have_none(made):
+  with Context(CACHELEVEL=0): run(trainer()[0], 1)
+  assert made and not files()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  assert len(run(trainer()[0])) == 3
+
+
+def test_what_was_not_used_for_longest_goes(monkeypatch):
+  run(trainer()[0], 1)
+  oldest, = files()
+  os.utime(oldest, (1, 1))
+  monkeypatch.setattr(graphs, "MOST_BYTES", oldest.stat().st_size * 3 // 2)
+  run(trainer(scale=0.3)[0], 1)
+  assert oldest not in files() and len(files()) == 1
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_graphs import graphs, run, trainer
+make = graphs._make
+graphs._make = lambda *args: print("made") or make(*args)
+step, weight, _, _ = trainer()
+print(run(step), weight.numpy().tobytes().hex())
+"""
+
+
+def test_another_process_starts_from_it():
+  def process(**environment: str) -> list[str]:
+    program = PROGRAM.format(folder=os.path.dirname(__file__))
+    return subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True).stdout.splitlines()
+  made, result = process()
+  assert made == "made" and process() == [result], "the second one found the graph of the first"
+  assert process(PYTHONHASHSEED="7") == [result]
+  assert process(NOLOCALS="1")[0] == "made", "another setting of tinygrad's compiler"
