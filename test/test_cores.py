@@ -54,7 +54,7 @@ def test_a_graph_updates_its_state():
 
 
 def test_debug_2_shows_each_kernel():
-  program = ("import extra; extra.require_device()\nfrom tinygrad import Tensor, TinyJit\n@TinyJit\ndef f(x): return (x + 1).contiguous().sum().realize()\n"
-             "for _ in range(3): f(Tensor.ones(64, 64).contiguous().realize())")
+  program = ("import extra; extra.require_device()\nfrom tinygrad import Tensor, TinyJit\n@TinyJit\n"
+             "def f(x): return (x + 1).contiguous().sum().realize()\nfor _ in range(3): f(Tensor.ones(64, 64).contiguous().realize())")
   done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"DEBUG": "2"}, capture_output=True, text=True, check=True)
   assert "batched" not in done.stdout

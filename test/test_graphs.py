@@ -134,7 +134,8 @@ print(run(step), weight.numpy().tobytes().hex())
 def test_another_process_starts_from_it():
   def process(**environment: str) -> list[str]:
     program = PROGRAM.format(folder=os.path.dirname(__file__))
-    return subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
   made, result = process()
   assert made == "made" and process() == [result], "the second one found the graph of the first"
   assert process(PYTHONHASHSEED="7") == [result]

@@ -16,8 +16,8 @@ class BasicBlock:
     self.downsample = _downsample(in_channels, channels, stride, norm)
 
   def __call__(self, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x)).relu().contiguous()
-    return (self.bn2(self.conv2(out)) + x.sequential(self.downsample)).relu().contiguous()
+    out = self.bn1(self.conv1(x)).contiguous().relu()
+    return (self.bn2(self.conv2(out)) + x.sequential(self.downsample)).contiguous().relu()
 
 
 class Bottleneck:
@@ -32,9 +32,9 @@ class Bottleneck:
     self.downsample = _downsample(in_channels, out_channels, stride, norm)
 
   def __call__(self, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x)).relu().contiguous()
-    out = self.bn2(self.conv2(out)).relu().contiguous()
-    return (self.bn3(self.conv3(out)) + x.sequential(self.downsample)).relu().contiguous()
+    out = self.bn1(self.conv1(x)).contiguous().relu()
+    out = self.bn2(self.conv2(out)).contiguous().relu()
+    return (self.bn3(self.conv3(out)) + x.sequential(self.downsample)).contiguous().relu()
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int, norm: str) -> list:
@@ -56,7 +56,7 @@ class ResNet:
 
   def features(self, x: Tensor) -> list[Tensor]:
     """C2..C5: [B,channels[i],H/4,W/4] down to [B,channels[3],H/32,W/32], sides rounded up."""
-    x = self.bn1(self.conv1(x)).relu().contiguous().max_pool2d(3, 2, padding=1).contiguous()
+    x = self.bn1(self.conv1(x)).contiguous().relu().max_pool2d(3, 2, padding=1).contiguous()
     return [x := x.sequential(getattr(self, f"layer{i}")) for i in range(1, 5)]
 
   def __call__(self, x: Tensor) -> Tensor: return self.fc(self.features(x)[-1].mean((2, 3)))

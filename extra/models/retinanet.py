@@ -5,7 +5,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_parameters
 from extra.models import fpn, resnet
-from extra.nn import init
+from extra.nn import canvas, init
 from extra.nn.layers import NORMS, Conv2d
 
 PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
@@ -20,12 +20,15 @@ class _Head:
     setattr(self, output, Conv2d(channels, num_anchors * per_anchor, 3, padding=1, dtype=dtypes.float32))
 
   def __call__(self, levels: list[Tensor]) -> Tensor:
-    outputs = []
-    for x in levels:
-      for layers in self.conv: x = x.sequential(layers).relu().contiguous()
-      # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss.
-      x = getattr(self, self.output)(x).contiguous()
-      outputs.append(x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.per_anchor))
+    sizes = [x.shape[2:] for x in levels]
+    x, gaps = canvas.pack(levels).contiguous(), canvas.mask(sizes, levels[0].device).contiguous()
+    for conv, *norm in self.conv:
+      x = conv(x)
+      if norm: x = canvas.pack([norm[0](level) for level in canvas.unpack(x, sizes)]).contiguous().relu()   # a level's statistics are its own
+      else: x = x.contiguous().relu() * gaps.cast(x.dtype)
+    # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss.
+    x = getattr(self, self.output)(x).contiguous()
+    outputs = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.per_anchor) for x in canvas.unpack(x, sizes)]
     return outputs[0].cat(*outputs[1:], dim=1).contiguous()
 
 

@@ -1,12 +1,12 @@
 """tinygrad's CPU device on all cores, and without Python's toll at each kernel of a captured graph.
 
 tinygrad 0.14 divides large kernels into parts for several cores, and then runs the parts one after another. Here they run side by side."""
-import ctypes, threading, time
+import ctypes, os, threading, time
 from queue import SimpleQueue
 from typing import Any
 from tinygrad import Device, GlobalCounters
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import DEBUG, NUM_CPU_THREADS
+from tinygrad.helpers import DEBUG, NUM_CPU_THREADS, PARALLEL
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import UOp
 
@@ -23,6 +23,13 @@ def use_all_cores() -> None:
   if DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
 
 
+def share_cores(processes: int) -> None:
+  """Leave this process, one of so many on its machine, its part of the cores, to compile with and to run kernels on, unless the environment says how
+  many. Results are the same to the last bit."""
+  for setting in (NUM_CPU_THREADS, PARALLEL):
+    if setting.key not in os.environ: setting.value = max(1, setting.value // processes)
+
+
 def _serve() -> None:
   while True:
     function, arguments, done = _parts.get()
@@ -32,7 +39,7 @@ def _serve() -> None:
 
 def _run(function: Any, parts: list[Arguments]) -> None:
   """Call `function`, machine code that Python's lock is not held for, with each of `parts`, side by side."""
-  while len(_threads) < min(len(parts), NUM_CPU_THREADS.value) - 1:
+  while len(_threads) < min(len(parts), max(2, NUM_CPU_THREADS.value)) - 1:
     _threads.append(thread := threading.Thread(target=_serve, daemon=True))
     thread.start()
   done: SimpleQueue = SimpleQueue()

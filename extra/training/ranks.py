@@ -14,6 +14,7 @@ from tinygrad.uop.ops import UOp
 from extra import start_compilers
 from extra.errors import UserError
 from extra.nn.init import assign
+from extra.training.cores import share_cores
 
 HINT = "pip install mpi4py mpich brings both"
 PATIENCE, FORWARDED = 3, 0.2   # seconds that rank 0 has to report an error that others have too, and a launcher to pass on what was printed
@@ -129,8 +130,9 @@ def join() -> Iterator[Ranks]:
   if (launched := started_by_launcher(os.environ)) == 1 or (comm := _connect(launched)) is None:
     yield ALONE
     return
-  start_compilers()
   ranks = Ranks(comm)
+  share_cores(ranks.local_size)
+  start_compilers()
   with contextlib.ExitStack() as stack:
     if ranks.rank:
       nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
