@@ -56,7 +56,7 @@ def _run(kernel: Callable[..., UOp], size: int, *tensors: Tensor, gradient: Call
   As a function of its own that makes its own memory, of one axis: in each other way tinygrad copies them once more."""
   def run(*tensors: Tensor) -> Tensor:
     return Tensor.invalids(size, dtype=tensors[0].dtype, device=tensors[0].device).custom_kernel(*tensors, fxn=kernel)[0]
-  return function(run, precompile=True, grad_fxn=gradient)(*(t.contiguous() for t in tensors))
+  return function(run, precompile=True, grad_fxn=gradient)(*(t.contiguous() for t in tensors)).contiguous()   # without which it is run at each use
 
 
 def _tile(shape: tuple[int, ...], tile: dict[int, int], products: int) -> tuple[Opt, ...]:
