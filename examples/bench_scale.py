@@ -2,10 +2,11 @@
 
   python examples/bench_scale.py --folder scratch/big                    # annotations of 1.17 million pictures: 2.5 GB and a folder of links to one
   python examples/bench_scale.py --images 0 --val-images 24781           # detections on a validation set
+  python examples/bench_scale.py --images 0 --against-pycocotools        # and what pycocotools makes of them: a quarter of an hour, 5 GB
 
 Each measurement runs in a fresh process, whose peak memory is shown; a worker's is what it has alone (Private_Dirty), that and its share of what
 several map (Pss), and that and all of what it maps (Rss)."""
-import os, pickle, re, sys, time
+import contextlib, io, os, pickle, re, sys, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from extra.datasets.coco import Coco
 from extra.datasets.loader import Loader
 from extra.datasets.transforms import resize
@@ -24,6 +27,7 @@ from extra.training.config import option, parse
 
 SIDES = (768, 1024)   # height and width of every picture
 LINKS = 30_000        # to one file: fewer than any common file system allows
+AT_ONCE = 500_000     # detections that pycocotools gets: about 8 kB each
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Config:
 
   val_images: int = option(24_781, "validation pictures; 0 skips this", minimum=0, group="scoring")
   val_detections: int = option(300, "detections on each", minimum=1, group="scoring")
+  against_pycocotools: bool = option(False, "have pycocotools score the same, a slice of the classes at a time, and compare", group="scoring")
 
 
 def make_data(folder: Path, images: int, boxes: float, classes: int) -> None:
@@ -142,7 +147,61 @@ def measure_scoring(config: Config) -> None:
   print(f"{s['detections']:,} detections on {config.val_images:,} pictures, {config.classes} classes: scored in {scored:.1f} s ({used:.1f} s of a "
         f"processor), peak {s['peak'] / 1e6:,.0f} MB, of which {s['before'] / 1e6:,.0f} MB before; mAP {s['mAP']:.6f}\n"
         f"the report's analysis: {analysed:.1f} s ({used_there:.1f} s of a processor), peak {peak / 1e6:,.0f} MB; "
-        f"handing over to another process: {packed:.1f} s, {size / 1e6:,.0f} MB")
+        f"handing over to another process: {packed:.1f} s, {size / 1e6:,.0f} MB", flush=True)
+  if not config.against_pycocotools: return
+  c, _ = alone(compare, config)
+  print(f"pycocotools, at most {AT_ONCE:,} detections or a class at a time: {c['used']:.1f} s of a processor, peak {c['peak'] / 1e6:,.0f} MB, "
+        f"of which {c['before'] / 1e6:,.0f} MB before")
+  if any(c["apart"].values()): sys.exit("DIFFERENT, at most by " + ", ".join(f"{apart:.1e} ({name})" for name, apart in c["apart"].items()))
+  print(f"identical: {', '.join(c['apart'])}")
+
+
+def score_with_pycocotools(metric: CocoMetric, at_once: int) -> COCOeval:
+  """What pycocotools makes of all that `metric` holds, after `summarize`: of as many classes at a time as have `at_once` detections in all, one at
+  least. Its numbers of a class depend on that class alone."""
+  found = np.concatenate([categories for _, _, categories in metric.found.values()])
+  groups, held = [[]], 0
+  for category in sorted(metric.category_ids.tolist()):
+    count = int((found == category).sum())
+    if groups[-1] and held + count > at_once: groups, held = [*groups, []], 0
+    groups[-1].append(category)
+    held += count
+  parts = [score_classes(metric, group) for group in groups]
+  with contextlib.redirect_stdout(io.StringIO()):
+    evaluation = COCOeval(iouType="bbox")
+    evaluation.eval = {"precision": np.concatenate([part[0] for part in parts], 2), "recall": np.concatenate([part[1] for part in parts], 1)}
+    evaluation.summarize()
+  return evaluation
+
+
+def score_classes(metric: CocoMetric, categories: list[int]) -> tuple[np.ndarray, np.ndarray]:
+  """pycocotools' precision and recall of some classes, given nothing of the others."""
+  with contextlib.redirect_stdout(io.StringIO()):
+    truth, results = COCO(), []
+    truth.dataset = metric.ground_truth | {"annotations": [dict(a) for a in metric.ground_truth["annotations"] if a["category_id"] in categories]}
+    truth.createIndex()
+    for image_id, arrays in metric.found.items():
+      mine = np.isin(arrays[2], categories)
+      results += [{"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+                  for box, score, category in zip(*(column[mine].tolist() for column in arrays))]
+    evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+    evaluation.params.imgIds, evaluation.params.catIds = sorted(metric.image_ids), categories
+    evaluation.evaluate()
+    evaluation.accumulate()
+  return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def compare(config: Config) -> dict[str, Any]:
+  """pycocotools' seconds of a processor and memory, and the largest differences of ours from its numbers."""
+  metric = made_up_metric(config)
+  before, used = memory("status", "VmHWM"), time.process_time()
+  theirs = score_with_pycocotools(metric, AT_ONCE)
+  used, peak = time.process_time() - used, memory("status", "VmHWM")
+  ours = metric.accumulate()
+  with contextlib.redirect_stdout(io.StringIO()): ours.summarize()
+  pairs = {"precision": (ours.eval["precision"], theirs.eval["precision"]), "recall": (ours.eval["recall"], theirs.eval["recall"]),
+           "the 12 numbers": (ours.stats, theirs.stats)}
+  return {"used": used, "before": before, "peak": peak, "apart": {name: float(np.abs(one - other).max()) for name, (one, other) in pairs.items()}}
 
 
 def load(folder: Path, workers: int, batches: int = 50) -> tuple[float, list[dict[str, float]]]:

@@ -21,6 +21,7 @@ from extra.training.config import option, parse, show_size, size as parse_size, 
 import numpy as np
 from PIL import Image
 from extra.datasets import open_dataset
+from extra.datasets.download import local_folder
 from extra.datasets.files import expand
 from extra.datasets.subset import Subset
 from extra.datasets.video import Video, VideoWriter, pixels, require_av
@@ -42,7 +43,9 @@ def words(text: str) -> tuple[str, ...]:
 class Config:
   source: tuple | None = option(None, "files, folders and patterns such as 'photos/*.jpg', separated by commas, webcam or a camera's number; "
                                 "also without the flag, separated by spaces", parse=words, show=",".join, group="data")
-  data: str | None = option(None, "a data set, as in training, whose pictures and ids to take", group="data")
+  data: str | None = option(None, "a data set, as in training, whose pictures and ids to take; of coco and openimages-mlperf --split is downloaded "
+                            "on first use", group="data")
+  data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it", choices=("train", "val"), group="data")
   images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
@@ -239,7 +242,7 @@ def main(config: Config) -> None:
   started, seconds, dataset, videos = time.monotonic(), Counter(), None, []
   if config.data is not None:
     if config.source is not None: raise UserError(f"--data {config.data}: takes its pictures from the data set; leave out {', '.join(config.source)}")
-    dataset = open_dataset(config.data, config.split)
+    dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
     if config.images: dataset = Subset(dataset, config.images)
     ids = [image["id"] for image in dataset.ground_truth()["images"]]
     pictures = [Picture(dataset.image_name(i), image_id, lambda i=i: dataset[i].image) for i, image_id in enumerate(ids)]

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
+from extra.datasets.download import local_folder
 from extra.datasets.files import expand
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import MEAN_GREY
@@ -45,7 +46,9 @@ STAGES = {            # from the output down, what --check randomises: name -> p
 class Config:
   source: tuple | None = option(None, "files, folders and patterns such as 'photos/*.jpg', separated by spaces, without the flag",
                                 parse=lambda text: tuple(part.strip() for part in text.split(",")), show=",".join, group="data")
-  data: str | None = option(None, "a data set, as in training, whose pictures to take", group="data")
+  data: str | None = option(None, "a data set, as in training, whose pictures to take; of coco and openimages-mlperf --split is downloaded on first "
+                            "use", group="data")
+  data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it", choices=("train", "val"), group="data")
   images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
@@ -202,7 +205,7 @@ def check_weights(detector: Detector, network: Network, method: str, canvas: np.
 def main(config: Config) -> None:
   if config.data is not None:
     if config.source is not None: raise UserError(f"--data {config.data}: takes its pictures from the data set; leave out {', '.join(config.source)}")
-    dataset = open_dataset(config.data, config.split)
+    dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
     if config.images: dataset = Subset(dataset, config.images)
     pictures = [(dataset.image_name(i), lambda i=i: dataset[i].image) for i in range(len(dataset))]
   else:

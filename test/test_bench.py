@@ -47,7 +47,8 @@ def test_what_the_user_can_mend_exits_with_2(tmp_path, flags, message):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="looks into /proc")
 def test_numbers_of_a_small_part_of_openimages(tmp_path):
-  flags = ["--folder", "data", "--images", "300", "--classes", "9", "--workers", "1", "--val-images", "40", "--val-detections", "20"]
+  flags = ["--folder", "data", "--images", "300", "--classes", "9", "--workers", "1", "--val-images", "40", "--val-detections", "20",
+           "--against-pycocotools"]
   done = subprocess.run([sys.executable, str(ROOT / "examples" / "bench_scale.py"), *flags], cwd=tmp_path, capture_output=True, text=True,
                         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}, check=False, timeout=300)
   assert done.returncode == 0, done.stderr
@@ -56,3 +57,4 @@ def test_numbers_of_a_small_part_of_openimages(tmp_path):
   numbers = re.search(r"each holds, MB: Private_Dirty (\d+), Pss (\d+), Rss (\d+)\n800 detections on 40 pictures, 9 classes", done.stdout)
   assert numbers and 0 < int(numbers[1]) <= int(numbers[2]) <= int(numbers[3])
   assert 0 < float(re.search(r"mAP (\S+)", done.stdout)[1]) < 1
+  assert re.search(r"pycocotools, .* peak \d+ MB, of which \d+ MB before\nidentical: precision, recall, the 12 numbers\n$", done.stdout)

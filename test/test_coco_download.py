@@ -1,13 +1,13 @@
-import hashlib, io, json, os, subprocess, sys, zipfile
+import hashlib, io, json, os, shlex, shutil, subprocess, sys, zipfile
 from dataclasses import replace
 from pathlib import Path
 import pytest
 from extra import download
-from extra.datasets import coco2017, open_dataset
+from extra.datasets import check, coco2017, open_dataset
 from extra.datasets.coco2017 import get_coco
 from extra.datasets.download import local_folder, main
 from extra.datasets.subset import subset_of
-from extra.errors import exit_on_user_error
+from extra.errors import UserError, exit_on_user_error
 from file_server import FileServer, jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -238,7 +238,26 @@ def test_names_become_folders(server, tmp_path, monkeypatch):
   assert files(tmp_path/"mine"/"coco") == finished()
 
 
-@pytest.mark.parametrize("program, name", [("train_retinanet", "coco"), ("train_retinanet", "openimages-mlperf"), ("evaluate", "coco")])
+def test_the_check_takes_names_and_downloads_nothing(server, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  for argv, folder in (["coco"], "cache/tinydet/data/coco"), (["openimages-mlperf", "--data-dir", "my sets"], "my sets/openimages-mlperf"):
+    with pytest.raises(UserError) as error: check.main(argv)
+    place = str(tmp_path/folder) if argv == ["coco"] else folder
+    assert str(error.value) == f"{argv[0]}: {place} is not there; python -m extra.datasets.download {shlex.join([argv[0], place])} downloads it"
+  assert not server.requests and not list(tmp_path.iterdir())
+  monkeypatch.setenv("DATA_DIR", "sets")
+  main(["coco"])
+  requests = len(server.requests)
+  check.main(["coco"])
+  assert "sets/coco, train\n7 pictures, 7 boxes" in (out := capsys.readouterr().out) and "sets/coco, val\n4 pictures" in out and "A run would" in out
+  shutil.rmtree(tmp_path/"sets"/"coco"/"train2017")
+  check.main(["coco", "--split", "val"])
+  with pytest.raises(UserError, match=r"instances_train2017\.json: no folder with its images"): check.main(["coco"])
+  assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize("program, name", [("train_retinanet", "coco"), ("train_retinanet", "openimages-mlperf"), ("evaluate", "coco"),
+                                           ("detect", "coco"), ("explain", "coco")])
 def test_programs_download_what_they_are_asked_to_use(tmp_path, program, name):
   settings = {"PYTHONPATH": str(ROOT), "TINYDET_MIRROR": str(tmp_path), "DATA_DIR": str(tmp_path/"sets")}
   command = [sys.executable, ROOT/"examples"/f"{program}.py", "--data", name]

@@ -1,4 +1,5 @@
-import contextlib, copy, io, json
+import contextlib, copy, importlib.util, io, json, sys
+from pathlib import Path
 import numpy as np, pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -102,6 +103,28 @@ def test_equals_pycocotools_to_the_last_digit_where_much_is_equal(seed):
   result, (evaluation, table) = metric.compute(), direct(truth, results)
   assert list(result.metrics.values()) == evaluation.stats.tolist() and result.table == table and 0 < result.metrics["mAP"] < 1
   np.testing.assert_array_equal(result.precision, evaluation.eval["precision"][:, :, np.searchsorted(sorted(classes), classes), 0, 2])
+
+
+def bench_scale():
+  spec = importlib.util.spec_from_file_location("bench_scale", Path(__file__).parents[1] / "examples" / "bench_scale.py")
+  sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_pycocotools_gives_the_same_by_slices_of_classes_as_in_one_go(monkeypatch):
+  """What `bench_scale.py --against-pycocotools` compares with at a size that is too much for one go."""
+  bench = bench_scale()
+  metric = bench.made_up_metric(bench.Config(val_images=1000, val_detections=20, classes=7))
+  whole, _ = direct(metric.ground_truth, metric.results())
+  slices, score_classes = [], bench.score_classes
+  monkeypatch.setattr(bench, "score_classes", lambda metric, categories: slices.append(categories) or score_classes(metric, categories))
+  sliced, ours = bench.score_with_pycocotools(metric, 6000), metric.accumulate()
+  assert slices == [[1], [2, 3], [4, 5, 6], [7]], "the first class has more detections than are to be scored at a time"
+  for key in ("precision", "recall"):
+    np.testing.assert_array_equal(sliced.eval[key], whole.eval[key])
+    np.testing.assert_array_equal(ours.eval[key], whole.eval[key])
+  assert sliced.stats.tolist() == whole.stats.tolist() == list(metric.compute().metrics.values()) and 0 < whole.stats[0] < 1
 
 
 def test_no_detections_score_zero():

@@ -2,7 +2,8 @@ import dataclasses, json
 import pytest
 from hypothesis import given, strategies as st
 from extra.errors import UserError
-from extra.training.config import as_dict, describe, option, parse, show_size, size
+from extra.training.config import as_dict, describe, option, parse, show_size, size, variable
+from extra.training.trainer import TrainerConfig
 
 
 @dataclasses.dataclass
@@ -17,6 +18,7 @@ class Config:
   dtype: str = option("float32", "compute type", choices=("float32", "float16"))
   depth: int = option(18, "layers of the backbone", choices=(18, 50))
   target: float | None = option(None, "stop at this mAP", maximum=1)
+  group: str | None = option(None, "runs it belongs to", env="WANDB_RUN_GROUP")
 
 
 PRESETS = {"tiny": {"bs": 4, "ema": True, "size": (64, 48)}, "full": {"bs": 32, "target": 0.35}}
@@ -64,6 +66,15 @@ def test_forms_of_a_flag():
   assert run("--data", "a=b").data == "a=b" and run("--data=").data == ""
 
 
+def test_a_variable_of_another_name():
+  config = run(WANDB_RUN_GROUP="rates", GROUP="staff")
+  assert config.group == "rates" and config.sources["group"] == "WANDB_RUN_GROUP" and run("--group", "a", WANDB_RUN_GROUP="b").group == "a"
+  assert run(GROUP="staff").group is None and run(GROUP="staff").sources["group"] == "default", "tcsh exports it"
+  with pytest.raises(UserError, match=r"^WANDB_TAGS=a{65}: expected words with commas"): parse(TrainerConfig, {}, [], {"WANDB_TAGS": "a" * 65})
+  trainer = parse(TrainerConfig, {}, [], {"WANDB_TAGS": "baseline, sgd", "WANDB_RUN_GROUP": "rates", "TAGS": "ctags", "GROUP": "staff"})
+  assert (trainer.tags, trainer.group) == (("baseline", "sgd"), "rates")
+
+
 def test_empty_variables_are_unset_and_strangers_are_ignored():
   config = run(BS="", BEAM="2", DEBUG="x", bs="9", PRESET="")
   assert config.bs == 4 and config.sources["bs"] == "preset tiny"
@@ -107,7 +118,8 @@ def test_help_shows_every_field(capsys):
   with pytest.raises(SystemExit) as stop: run("--bs", "3", "--help")
   text = " ".join(capsys.readouterr().out.split())
   assert not stop.value.code and "Train a thing." in text
-  for field in dataclasses.fields(Config): assert f"--{field.name.replace('_', '-')}" in text and f"({field.name.upper()})" in text
+  for field in dataclasses.fields(Config): assert f"--{field.name.replace('_', '-')}" in text and f"({variable(field)})" in text
+  assert "--lr X (LR) learning rate" in text and "--group TEXT (WANDB_RUN_GROUP) runs it belongs to" in text
   assert "[default 16; tiny 4; full 32]" in text and "[default 128; tiny 64x48]" in text and "one of float32, float16" in text
   assert "--preset NAME (PRESET) tiny, full; default tiny" in text
 
@@ -115,5 +127,5 @@ def test_help_shows_every_field(capsys):
 def test_as_dict_is_strict_json():
   config = run("--size", "5x6", PRESET="full")
   expected = {"preset": "full", "bs": 32, "lr": 0.01, "trainable_layers": 3, "ema": False, "data": "shapes:2", "size": [5, 6], "dtype": "float32",
-              "depth": 18, "target": 0.35}
+              "depth": 18, "target": 0.35, "group": None}
   assert json.loads(json.dumps(as_dict(config), allow_nan=False)) == expected

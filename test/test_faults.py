@@ -1,7 +1,7 @@
 """What a run survives, and how it ends where it cannot: one test a fault, injected for real into the program as its user runs it.
 
-The classifier's program, since it starts in a third of the detector's time; loop, checkpoints and tracking are the same."""
-import json, os, resource, shutil, signal, subprocess, sys, time
+The classifier's program where it can be, since it starts in a third of the detector's time; loop, checkpoints and tracking are the same."""
+import contextlib, json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -11,6 +11,12 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ("--weights none --backbone resnet10_quarter --size 32 --resize 32 --bs 4 --epochs 3 --lr 1e-3 --workers 1 --pictures 1 --log-every 1 "
          "--save-minutes 0 --run-name r --wandb disabled").split()
 STEPS = 18   # of a whole run
+DETECTOR_FLAGS = ("--data shapes:1 --weights shapes --trainable-layers 0 --norm frozen --box-loss l1 --size 64 --bs 8 --train-images 24 --epochs 2 "
+                  "--optimizer sgd --lr 1e-3 --eval-every 1 --workers 1 --pictures 1 --log-every 1 --save-minutes 0 --run-name r --wandb disabled "
+                  "--score-in-background").split()   # few different kernels
+DETECTOR_STEPS = 3   # of each of its two epochs
+CLOCK = {"seconds", "train/images_per_s", "train/memory", "eval/seconds"}   # differs between any two runs
+PATIENCE = 480   # seconds
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +32,21 @@ def data(tmp_path_factory):
 
 
 class Run:
-  """The program at work in `folder`/runs/r."""
+  """The program at work in `folder`/runs/r, the detector's where there is no `data`."""
   def __init__(self, folder, data, *flags, limits=None, environment=None):
+    command = ["train_resnet.py", *FLAGS, "--data", data] if data else ["train_retinanet.py", *DETECTOR_FLAGS]
+    if not data: environment = {"NOOPT": "1"}   # kernels are ready sooner
     self.folder, self.log = folder / "runs" / "r", folder / "log"
     environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
     with open(self.log, "w") as log:
       self.process = subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "train_resnet.py"), *FLAGS, "--data", str(data), *map(str, flags)], cwd=folder, text=True,
+        [sys.executable, str(ROOT / "examples" / command[0]), *map(str, [*command[1:], *flags])], cwd=folder, text=True,
         env=environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (environment or {}), stdin=subprocess.DEVNULL, stdout=log,
         stderr=subprocess.STDOUT, preexec_fn=limits)   # noqa: PLW1509
 
   def reach(self, step):
     """Wait until `step` steps are logged."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + PATIENCE
     while not any(line["step"] >= step for line in self.lines()):
       assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-2000:]
       time.sleep(0.01)
@@ -46,7 +54,7 @@ class Run:
 
   def end(self):
     """(exit code, output) at its end, which comes soon."""
-    code = self.process.wait(timeout=240)
+    code = self.process.wait(timeout=PATIENCE)
     return code, self.log.read_text()
 
   def lines(self):
@@ -149,6 +157,54 @@ def test_kill_9(calm, data, tmp_path):
   run.end()
   assert gone(workers), "workers end with the process that they serve"
   resumed_equals(calm, tmp_path, data)
+
+
+def hold_score(run):
+  """The process that scores for `run`, stopped when it has the detections and before it has the score; `run` has its checkpoint and goes on."""
+  def wait(condition, pause):
+    until = time.monotonic() + PATIENCE
+    while not condition():
+      assert run.process.poll() is None and time.monotonic() < until, run.log.read_text()[-2000:]
+      time.sleep(pause)
+  wait(lambda: run.children("extra.detection.scoring"), 0.05)   # it takes longer than that to import what it needs
+  scorer, = run.children("extra.detection.scoring")
+  def serves(): return int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{scorer}/status").read_text())[1], 16) >> signal.SIGTERM - 1 & 1
+  wait(serves, 0.002)   # all is imported
+  os.kill(scorer, signal.SIGSTOP)
+  while True:
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+      if run.saved(): return scorer   # the first checkpoint is written when the detections are handed over
+      time.sleep(0.01)
+    os.kill(scorer, signal.SIGCONT)   # it takes some more of the detections
+    time.sleep(0.003)
+    os.kill(scorer, signal.SIGSTOP)
+
+
+def test_kill_9_while_a_score_is_pending(tmp_path):
+  for name in ("calm", "killed"): (tmp_path / name).mkdir()
+  runs = calm, run = [Run(tmp_path / name, None) for name in ("calm", "killed")]
+  try:
+    scorer = hold_score(run)
+    run.reach(DETECTOR_STEPS + 1)
+    assert run.saved() == [DETECTOR_STEPS] and not any("eval/mAP" in line for line in run.lines()), "trains on, without the score"
+    run.process.kill()
+    run.end()
+    with contextlib.suppress(ProcessLookupError): os.kill(scorer, signal.SIGCONT)
+    assert gone([scorer]), "it ends with the process that it serves"
+    runs.append(again := Run(tmp_path / "killed", None, "--resume", "auto"))
+    for code, output in (calm.end(), again.end()): assert code == 0, output[-2000:]
+  finally:
+    for each in runs: each.process.kill()
+
+  def learnt(run, kind): return [{k: v for k, v in line.items() if k not in CLOCK} for line in run.lines() if kind in line]
+  assert [line["step"] for line in learnt(calm, "eval/mAP")] == [DETECTOR_STEPS, 2 * DETECTOR_STEPS]
+  assert all(0 < line["eval/mAP"] < 1 for line in learnt(calm, "eval/mAP"))
+  for kind in ("train/loss", "eval/mAP"): assert learnt(again, kind) == learnt(calm, kind)
+  for name in ("best.safetensors", f"checkpoint-{2 * DETECTOR_STEPS}.safetensors"):
+    (one, about), (other, about_other) = (checkpoint.load(r.folder / name) for r in (calm, again))
+    assert one.keys() == other.keys() and about["step"] == about_other["step"]
+    for key, values in one.items(): np.testing.assert_array_equal(values, other[key], err_msg=key)
 
 
 def test_a_flipped_bit(calm, data, tmp_path):

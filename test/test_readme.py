@@ -1,22 +1,24 @@
 """The README's settings are the program's."""
 import dataclasses, importlib.util, re
 from pathlib import Path
+from extra.training.config import variable
 
 ROOT = Path(__file__).parent.parent
 
 
-def flags_of(program):
+def settings_of(program):
+  """Flag -> environment variable."""
   spec = importlib.util.spec_from_file_location(program, ROOT / "examples" / f"{program}.py")
   spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-  return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
+  return {"--" + field.name.replace("_", "-"): variable(field) for field in dataclasses.fields(module.Config)}
 
 
 def test_every_setting_is_in_the_readme_and_none_is_invented():
-  flags = flags_of("train_retinanet")
+  settings = settings_of("train_retinanet")
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
-  assert {match[1] for match in re.finditer(r"^\| `(--[a-z-]+)` \|", readme, re.M)} == flags
-  for program in ("train_resnet", "evaluate", "export_weights", "detect", "explain"): flags |= flags_of(program)
-  flags |= {"--preset", "--help", "--compare", "--subset"}
+  assert dict(re.findall(r"^\| `(--[a-z-]+)` \| `([A-Z_]+)` \|", readme, re.M)) == settings
+  flags = settings.keys() | {"--preset", "--help", "--compare", "--subset"}
+  for program in ("train_resnet", "evaluate", "export_weights", "detect", "explain"): flags |= settings_of(program).keys()
   assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
 
 

@@ -1,4 +1,4 @@
-"""What a training run would say of a data set, without a run: `python -m extra.datasets.check FOLDER`."""
+"""What a training run would say of a data set, without a run: `python -m extra.datasets.check FOLDER`. Nothing is downloaded."""
 import argparse, os, signal, sys, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 import numpy as np
 from extra.datasets import SPLIT_NAMES, open_dataset
+from extra.datasets.download import local_folder
 from extra.datasets.problems import shown
 from extra.datasets.shapes import Shapes
 from extra.errors import UserError, exit_on_user_error
@@ -89,13 +90,17 @@ def _table(title: str, names: list[str], counts: list[int], unit: str, images: l
 def main(argv: list[str]) -> None:
   """The program; see the module."""
   parser = argparse.ArgumentParser("python -m extra.datasets.check", description="What a training run would say of a data set, and what is in it.")
-  parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, or the embedded shapes:1, shapes:2")
+  parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf once they "
+                      "are downloaded")
+  parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR"),
+                      help="where the data sets that are downloaded lie; by default DATA_DIR, or else the user's cache folder")
   parser.add_argument("--split", choices=(*SPLIT_NAMES, "both"), default="both")
   parser.add_argument("--strict", action="store_true", help="make every oddity an error")
   parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")
   args = parser.parse_args(argv)
   for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")   # names that a terminal's encoding lacks
-  check(args.path, list(SPLIT_NAMES) if args.split == "both" else [args.split], args.strict, args.fast)
+  splits = list(SPLIT_NAMES) if args.split == "both" else [args.split]
+  check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The large public data sets, downloaded: `python -m extra.datasets.download coco FOLDER`, or on first use by `--data coco`."""
-import argparse, os, signal, sys
+import argparse, os, shlex, signal, sys
 from collections.abc import Sequence
 from pathlib import Path
 from extra.cache import cache_folder
@@ -10,13 +10,16 @@ from extra.errors import UserError, exit_on_user_error
 DATASETS = {"coco": get_coco, "openimages-mlperf": get_openimages}   # a call completes a folder
 
 
-def local_folder(data: str, data_dir: str | None = None, splits: Sequence[str] = ("train", "val")) -> str:
+def local_folder(data: str, data_dir: str | None = None, splits: Sequence[str] = ("train", "val"), download: bool = True) -> str:
   """`data` as `open_dataset` takes it: a name in `DATASETS` becomes its folder in `data_dir`, by default the user's cache, downloaded where it is
-  not there; everything else, a folder of that name included, stays as it is. UserError as the downloads raise it."""
+  not there; everything else, a folder of that name included, stays as it is. UserError as the downloads raise it, and for a folder that is not there
+  where it is not to be downloaded."""
   if data not in DATASETS or os.path.isdir(data): return data
-  folder = Path(data_dir).expanduser() if data_dir else cache_folder("data")
-  complete(data, folder/data, splits)
-  return str(folder/data)
+  folder = (Path(data_dir).expanduser() if data_dir else cache_folder("data"))/data
+  if download: complete(data, folder, splits)
+  elif not folder.is_dir():
+    raise UserError(f"{data}: {folder} is not there; python -m extra.datasets.download {shlex.join([data, str(folder)])} downloads it")
+  return str(folder)
 
 
 def complete(name: str, folder: Path, splits: Sequence[str] = ("train", "val"), subset: int = 0, workers: int = 32) -> None:

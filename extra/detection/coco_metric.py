@@ -75,20 +75,28 @@ class CocoMetric:
     self.__dict__ = state | {"found": dict(zip(image_ids, zip(*parts)))}
 
   def compute(self) -> CocoResult:
-    """Scores what was added so far, one class after the other: `COCOeval` has an entry for each class and size on each image, 26 million of them for
-    the validation set of OpenImages."""
-    with contextlib.redirect_stdout(io.StringIO()): evaluation = COCOeval(iouType="bbox")
-    parameters = evaluation.params
-    parameters.imgIds, parameters.catIds = sorted(self.image_ids), sorted(self.category_ids.tolist())
-    truth, found = self._truth(), self._detections()
-    scores = [_score_class(parameters, _of_class(truth, category), _of_class(found, category)) for category in parameters.catIds]
-    evaluation.eval = {"precision": np.stack([precision for precision, _ in scores], 2), "recall": np.stack([recall for _, recall in scores], 1)}
+    """Scores what was added so far."""
+    evaluation = self.accumulate()
     with contextlib.redirect_stdout(table := io.StringIO()): evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, np.argsort(np.argsort(self.category_ids)), 0, -1]
     names = {category["id"]: category["name"] for category in self.ground_truth["categories"]}
     class_ap = {names[c]: float(p[p > -1].mean()) if (p > -1).any() else float("nan")
                 for c, p in zip(self.category_ids.tolist(), np.moveaxis(precision, -1, 0))}
     return CocoResult(dict(zip(METRIC_NAMES, evaluation.stats.tolist())), class_ap, precision, table.getvalue())
+
+  def accumulate(self) -> COCOeval:
+    """What was added so far as pycocotools' `COCOeval` after `evaluate` and `accumulate`, with precision f64 [T=10,R=101,K,A=4,M=3] and recall f64
+    [T,K,A,M] in `eval`, at all thresholds of IoU, recalls, classes (by category id), ranges of areas and numbers of detections on an image.
+
+    One class after the other: `COCOeval` itself has an entry for each class and size on each image, 26 million of them for the validation set of
+    OpenImages."""
+    with contextlib.redirect_stdout(io.StringIO()): evaluation = COCOeval(iouType="bbox")
+    parameters = evaluation.params
+    parameters.imgIds, parameters.catIds = sorted(self.image_ids), sorted(self.category_ids.tolist())
+    truth, found = self._truth(), self._detections()
+    scores = [_score_class(parameters, _of_class(truth, category), _of_class(found, category)) for category in parameters.catIds]
+    evaluation.eval = {"precision": np.stack([precision for precision, _ in scores], 2), "recall": np.stack([recall for _, recall in scores], 1)}
+    return evaluation
 
   def _truth(self) -> tuple[np.ndarray, ...]:
     """Category ids i64 [G], image ids i64 [G], boxes f64 [G,4], areas f64 [G] and crowd bool [G], by class and image."""

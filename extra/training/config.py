@@ -10,14 +10,16 @@ TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def option(default: Any, help: str, *, choices: Sequence | None = None, minimum: float | None = None, maximum: float | None = None,
-           parse: Callable[[str], Any] | None = None, show: Callable[[Any], str] | None = None, group: str = "options") -> Any:
+           parse: Callable[[str], Any] | None = None, show: Callable[[Any], str] | None = None, env: str | None = None,
+           group: str = "options") -> Any:
   """Declare a configuration field: `bs: int = option(16, "images a step", minimum=1)`.
 
   choices, minimum and maximum (both inclusive) bound the value wherever it comes from. parse turns the text of a flag or variable into the value and
   raises ValueError with what it accepts; without it the field's type decides: int, float, str, bool, or one of them `| None`, written "none".
-  A float must be finite; `parse=float` lifts that. show turns the value back into its text, for `--help` and logs. group is its heading in `--help`.
+  A float must be finite; `parse=float` lifts that. show turns the value back into its text, for `--help` and logs. env is its environment variable
+  where that is not its name in capitals. group is its heading in `--help`.
   """
-  about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "parse": parse, "show": show, "group": group}
+  about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "parse": parse, "show": show, "env": env, "group": group}
   return dataclasses.field(default=default, metadata=about)
 
 
@@ -42,10 +44,10 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
           default_preset: str | None = None) -> Config:
   """Fill config_class, a dataclass of `option`s, from a flag, else the environment, else the preset, else the default.
 
-  A field `trainable_layers` is the flag `--trainable-layers N` (or `=N`) and the variable TRAINABLE_LAYERS; a bool `ema` is `--ema`, `--no-ema` and
-  EMA=1 or EMA=0. `--preset NAME` or PRESET picks one of presets (name -> field -> value). An empty variable counts as unset; the last of a repeated
-  flag wins; `--help` prints and exits. argv is without the program's name. The result also carries `preset` (name or None) and `sources` (field ->
-  the flag or variable that set it, "preset NAME" or "default"). UserError names the flag or variable and what it accepts.
+  A field `trainable_layers` is the flag `--trainable-layers N` (or `=N`) and the variable TRAINABLE_LAYERS, or its option's `env`; a bool `ema` is
+  `--ema`, `--no-ema` and EMA=1 or EMA=0. `--preset NAME` or PRESET picks one of presets (name -> field -> value). An empty variable counts as unset;
+  the last of a repeated flag wins; `--help` prints and exits. argv is without the program's name. The result also carries `preset` (name or None) and
+  `sources` (field -> the flag or variable that set it, "preset NAME" or "default"). UserError names the flag or variable and what it accepts.
   """
   fields = {f.name: f for f in dataclasses.fields(config_class)}
   kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items() if name in fields}
@@ -56,8 +58,8 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
   if "help" in flags:
     print(_help(config_class, fields, kinds, presets, default_preset))
     sys.exit(0)
-  given = {name: (f"{name.upper()}={environ[name.upper()]}", name.upper(), environ[name.upper()])
-           for name in ["preset", *fields] if environ.get(name.upper())} | flags
+  variables = {"preset": "PRESET"} | {name: variable(field) for name, field in fields.items()}
+  given = {name: (f"{key}={environ[key]}", key, environ[key]) for name, key in variables.items() if environ.get(key)} | flags
 
   preset = default_preset
   if "preset" in given:
@@ -73,6 +75,11 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
   object.__setattr__(config, "preset", preset)
   object.__setattr__(config, "sources", sources)
   return config
+
+
+def variable(field: dataclasses.Field) -> str:
+  """The environment variable of an `option`."""
+  return field.metadata.get("env") or field.name.upper()
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def _help(config_class: type, fields: dict[str, dataclasses.Field], kinds: dict,
     for field in (f for f in ordered if f.metadata.get("group", "options") == group):
       (plain, _), flag = kinds[field.name], field.name.replace("_", "-")
       value = {int: " N", float: " X", bool: "", str: " TEXT"}.get(plain, " VALUE")
-      lines += [f"  --{flag}{value}" + (f", --no-{flag}" if plain is bool else "") + f" ({field.name.upper()})"]
+      lines += [f"  --{flag}{value}" + (f", --no-{flag}" if plain is bool else "") + f" ({variable(field)})"]
       bounded = any(field.metadata.get(key) is not None for key in ("choices", "minimum", "maximum"))
       text = field.metadata.get("help", "") + (f"; {_accepted(field, kinds[field.name])}" if bounded else "")
       usual = f"default {_show(field, field.default)}" + "".join(f"; {name} {_show(field, values[field.name])}"

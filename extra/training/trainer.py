@@ -62,8 +62,9 @@ class TrainerConfig:
   wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
                              choices=("online", "offline", "disabled"), group="run")
   project: str = option("tinygrad-retinanet", "wandb's project", group="run")
-  group: str | None = option(None, "wandb's group of this run, such as the name of an experiment", group="run")
-  tags: tuple = option((), "wandb's tags of this run, such as baseline,sgd", parse=_tags, show=lambda v: ",".join(v) or "none", group="run")
+  group: str | None = option(None, "wandb's group of this run, such as the name of an experiment", env="WANDB_RUN_GROUP", group="run")
+  tags: tuple = option((), "wandb's tags of this run, such as baseline,sgd", parse=_tags, show=lambda v: ",".join(v) or "none", env="WANDB_TAGS",
+                       group="run")
   artifacts: str = option("end", "weights that wandb gets: the best and the last ones at the end, each new best too, or none", choices=ARTIFACTS,
                           group="run")
 
