@@ -1,4 +1,4 @@
-import json, math, os, re, subprocess, sys
+import importlib.util, json, math, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -12,6 +12,25 @@ def bench(folder, *flags, **environ):
   environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT), "DEV": "CPU", "NO_COLOR": "1"} | environ
   return subprocess.run([sys.executable, str(ROOT / "examples" / "bench_retinanet.py"), *flags], cwd=folder, env=environ, capture_output=True,
                         text=True, stdin=subprocess.DEVNULL, check=False, timeout=600)
+
+
+def program():
+  spec = importlib.util.spec_from_file_location("bench_retinanet", ROOT / "examples" / "bench_retinanet.py")
+  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+  return module
+
+
+def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
+  step = dict.fromkeys(STEP, 2.0)
+  results = {"step": step, "loader": {}, "postprocess": {}, "plain": dict.fromkeys(STEP, 8.0), "ratios": dict.fromkeys(STEP, 4.0),
+             "torch": {"step_median_s": 0.5, "threads": 2, "device": "cpu"}, "torch_ratios": {"step_median_s": 4.0}}
+  head, *rows = program().table(results).splitlines()
+  assert head.split() == ["ours", "plain", "plain/ours", "torch", "ours/torch"] and len(rows) == len(STEP) + 1
+  cells = {row[:32].strip(): [row[i:i + 12].strip() for i in range(32, len(row), 12)] for row in rows}
+  assert cells["step, median, s"] == ["2", "8", "4.00", "0.5", "4.00"]
+  assert cells["kernels a step"] == ["2", "8", "4.00"] and cells["threads"] == ["", "", "", "2"]
+  alone = program().table({"step": step, "loader": {"shapes:2": 5.0}, "postprocess": {}}).splitlines()
+  assert len(alone) == len(STEP) + 1 and alone[-1].split() == ["loader,", "shapes:2,", "images/s", "5"]
 
 
 def test_numbers_of_a_tiny_detector(tmp_path):
@@ -38,7 +57,11 @@ def test_numbers_of_a_tiny_detector(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
   (["--bogus", "1"], "--bogus: no such flag"), (["--steps", "0"], "--steps 0: expected a whole number, at least 1"),
-  (["--json", "nowhere/out.json"], "--json nowhere/out.json: its folder does not exist"), (["--plain", "--baseline"], "choose one of them")])
+  (["--json", "nowhere/out.json"], "--json nowhere/out.json: its folder does not exist"), (["--plain", "--baseline"], "choose one of the three"),
+  (["--torch", "--backbone", "resnet10_quarter"], "--backbone resnet10_quarter: torchvision has none of that name"),
+  (["--torch", "--gpus", "2"], "--gpus 2: torchvision is measured on one device"),
+  pytest.param(["--torch"], "torch and torchvision not installed: pip install torch", marks=pytest.mark.skipif(
+    importlib.util.find_spec("torch") is not None, reason="torch is installed"))])
 def test_what_the_user_can_mend_exits_with_2(tmp_path, flags, message):
   done = bench(tmp_path, *flags)
   assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
