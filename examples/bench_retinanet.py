@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
+from PIL import Image
 from extra import require_device
 from extra.errors import UserError, exit_on_user_error
 from extra.training.config import as_dict, describe, option, parse, show_size, size
@@ -25,6 +26,7 @@ from tinygrad.nn import optim as tinygrad_optim
 from tinygrad.nn.state import get_state_dict
 from extra.datasets import open_dataset
 from extra.datasets.loader import Loader
+from extra.datasets.shapes import Shapes
 from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, horizontal_flip, resize
 from extra.detection import losses as detection_losses
@@ -40,10 +42,12 @@ from extra.training.parallel import devices, replicate, to_devices
 from extra.training.precision import DTYPES
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
+READING_ROUNDS = 7           # of ours and of PIL alone, in turns
 BOXES = 8                    # on each picture
 POSTPROCESS_CLASSES = 91     # COCO's
 TORCH_WARMUP = 2             # steps after its first that are not timed
 TORCH_BACKBONES = tuple(name for name in resnet.BACKBONES if name != "resnet10_quarter")
+DRAWN = "drawn 1024x768"       # data set of JPEGs
 POSTPROCESS_MEANS = {"trained": -6.5, "untrained": -4.6}
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
@@ -66,7 +70,8 @@ class Config:
   torch: bool = option(False, "measure torchvision's RetinaNet too, afterwards, in a process of its own", group="step")
 
   loader_images: int = option(256, "pictures to load, in this process; 0 skips it", minimum=0, group="the rest")
-  data: str | None = option(None, "a folder in COCO or Pascal VOC layout to load from, besides the embedded shapes", group="the rest")
+  loader_size: tuple = option((800, 800), "pixels that pictures from files are resized to, as --size", parse=size, show=show_size, group="the rest")
+  data: str | None = option(None, "a folder in COCO or Pascal VOC layout to load from, besides drawn pictures", group="the rest")
   postprocess_size: int = option(800, f"pixels, of the picture whose outputs for {POSTPROCESS_CLASSES} classes become detections; 0 skips it",
                                  minimum=0, group="the rest")
   json: str | None = option(None, "file to write the numbers to", group="the rest")
@@ -275,14 +280,59 @@ def random_batch(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return rng.integers(0, 256, (config.bs, *config.size[::-1], 3), np.uint8), boxes, rng.integers(0, config.classes, (config.bs, BOXES), np.int32)
 
 
-def measure_loader(config: Config, spec: str) -> float:
-  """Training pictures a second that one process reads or draws, resizes and flips."""
+def measure_drawing(config: Config) -> float:
+  """Training pictures a second that one process draws and flips."""
   width, height = config.size
-  dataset = open_dataset(spec, "train", **({"size": max(config.size)} if spec.startswith("shapes") else {}))
-  loader = Loader(Subset(dataset, config.loader_images), config.bs, compose(resize(height, width), horizontal_flip()), shuffle=True)
+  dataset = Subset(open_dataset("shapes:2", "train", size=max(config.size)), config.loader_images)
+  return loading_rate(Loader(dataset, config.bs, compose(resize(height, width), horizontal_flip()), shuffle=True))
+
+
+def loading_rate(loader: Loader) -> float:
+  """Pictures a second of the loader's first epoch."""
   begun = time.perf_counter()
   images = sum(int((batch.image_ids >= 0).sum()) for batch in loader.epoch(0))
   return images / (time.perf_counter() - begun)
+
+
+def measure_reading(config: Config, folder: str | Path) -> dict[str, float]:
+  """Training pictures a second that one process reads from `folder`, resizes and flips, by the loader and by Pillow alone; medians of several rounds
+  in which the two take turns, and that of the rounds' ratios."""
+  width, height = config.loader_size
+  dataset = Subset(open_dataset(folder, "train"), config.loader_images)
+  loader = Loader(dataset, config.bs, compose(resize(height, width), horizontal_flip()), reduced=True)
+  files = [dataset.image_name(i) for i in range(len(dataset))]
+  rates = np.array([(loading_rate(loader), pillow_rate(files, config.bs, width, height)) for _ in range(1 + READING_ROUNDS)])[1:]   # one to warm up
+  ours, pillow = np.median(rates, axis=0).tolist()
+  return {"ours": ours, "pillow": pillow, "ratio": float(np.median(rates[:, 0] / rates[:, 1]))}
+
+
+def pillow_rate(files: list[str], batch_size: int, width: int, height: int) -> float:
+  """Pictures a second, from `files` to u8 [batch_size,height,width,3], in the way of torchvision's references: decode, flip, resize, stack."""
+  flips = [np.random.default_rng((0, 0, i)).random() < 0.5 for i in range(len(files))]   # the pictures that the loader mirrors
+  begun = time.perf_counter()
+  for first in range(0, len(files), batch_size):
+    pictures = []
+    for file, flip in zip(files[first:first + batch_size], flips[first:]):
+      with Image.open(file) as picture: rgb = picture.convert("RGB")
+      if flip: rgb = rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+      pictures.append(np.asarray(rgb.resize((width, height), Image.Resampling.BILINEAR)))
+    np.stack(pictures)
+  return len(files) / (time.perf_counter() - begun)
+
+
+def draw_folder(folder: Path, count: int) -> Path:
+  """A data set in COCO layout of `count` JPEGs of 1024x768 pixels with drawn shapes, the same each time."""
+  width, height = 1024, 768
+  shapes = Shapes("train", 2, size=width, count=count)
+  truth = shapes.ground_truth()
+  (folder / "train").mkdir(parents=True)
+  (folder / "annotations").mkdir()
+  for i, image in enumerate(truth["images"]):
+    image |= {"file_name": f"{i}.jpg", "height": height}
+    Image.fromarray(shapes[i].image[:height]).save(folder / "train" / image["file_name"], quality=90)
+  truth["annotations"] = [a for a in truth["annotations"] if a["bbox"][1] + a["bbox"][3] <= height]
+  (folder / "annotations" / "instances_train.json").write_text(json.dumps(truth))
+  return folder
 
 
 def measure_postprocess(side: int, repeats: int = 5) -> dict[str, float]:
@@ -330,6 +380,10 @@ def table(results: dict) -> str:
     cells = (" " * 12 if key not in column else f"{column[key]:12.{'2f' if '/' in name else '4g'}}" for name, column in columns.items())
     lines.append(f"{words:32}{''.join(cells)}".rstrip())
   lines += [f"{'loader, ' + spec + ', images/s':32}{rate:12.4g}" for spec, rate in results["loader"].items()]
+  if reading := results["reading"]:
+    lines.append(f"{'reading to ' + show_size(results['config']['loader_size']) + ' pixels':32}{'ours':>12}{'Pillow':>12}{'ours/Pillow':>12}")
+    lines += [f"{'loader, ' + Path(spec).name + ', images/s':32}{rates['ours']:12.4g}{rates['pillow']:12.4g}{rates['ratio']:12.2f}"
+              for spec, rates in reading.items()]
   lines += [f"{'postprocess, ' + kind + ', images/s':32}{rate:12.4g}" for kind, rate in results["postprocess"].items()]
   return "\n".join(lines)
 
@@ -359,6 +413,7 @@ def main(config: Config) -> None:
     raise UserError("--plain, --only-torch: each is measured instead of ours, --baseline and --torch beside it: choose one of the three")
   if config.torch or config.only_torch: check_torch(config)
   if config.json is not None and not Path(config.json).absolute().parent.is_dir(): raise UserError(f"--json {config.json}: its folder does not exist")
+  if config.data is not None and config.data.startswith("shapes"): raise UserError(f"--data {config.data}: give a folder of files to read")
   if config.data is not None: open_dataset(config.data, "train")
   about = {"command": shlex.join([Path(__file__).name, *sys.argv[1:]]), "config": as_dict(config), "device": Device.DEFAULT,
            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": os.getloadavg()[0],
@@ -370,9 +425,11 @@ def main(config: Config) -> None:
         f"on {config.gpus} x {Device.DEFAULT}; {about['machine']}, load average {about['load_average']:.1f}")
   print(f"settings: {describe(config) or 'the defaults'}", flush=True)
 
-  results = about | {"step": (measure_torch if config.only_torch else measure_step)(config), "loader": {}, "postprocess": {}}
+  results = about | {"step": (measure_torch if config.only_torch else measure_step)(config), "loader": {}, "reading": {}, "postprocess": {}}
   if config.loader_images:
-    for spec in ["shapes:2"] + [config.data] * (config.data is not None): results["loader"][spec] = measure_loader(config, spec)
+    results["loader"]["shapes:2"] = measure_drawing(config)
+    results["reading"][DRAWN] = measure_reading(config, draw_folder(Path(CACHE.name) / "drawn", min(24, config.loader_images)))
+    if config.data is not None: results["reading"][config.data] = measure_reading(config, config.data)
   if config.postprocess_size: results["postprocess"] = measure_postprocess(config.postprocess_size)
   save(config.json, results)
   if config.baseline:

@@ -22,15 +22,18 @@ def program():
 
 def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
   step = dict.fromkeys(STEP, 2.0)
-  results = {"step": step, "loader": {}, "postprocess": {}, "plain": dict.fromkeys(STEP, 8.0), "ratios": dict.fromkeys(STEP, 4.0),
+  results = {"step": step, "loader": {}, "reading": {}, "postprocess": {}, "plain": dict.fromkeys(STEP, 8.0), "ratios": dict.fromkeys(STEP, 4.0),
              "torch": {"step_median_s": 0.5, "threads": 2, "device": "cpu"}, "torch_ratios": {"step_median_s": 4.0}}
   head, *rows = program().table(results).splitlines()
   assert head.split() == ["ours", "plain", "plain/ours", "torch", "ours/torch"] and len(rows) == len(STEP) + 1
   cells = {row[:32].strip(): [row[i:i + 12].strip() for i in range(32, len(row), 12)] for row in rows}
   assert cells["step, median, s"] == ["2", "8", "4.00", "0.5", "4.00"]
   assert cells["kernels a step"] == ["2", "8", "4.00"] and cells["threads"] == ["", "", "", "2"]
-  alone = program().table({"step": step, "loader": {"shapes:2": 5.0}, "postprocess": {}}).splitlines()
-  assert len(alone) == len(STEP) + 1 and alone[-1].split() == ["loader,", "shapes:2,", "images/s", "5"]
+  read = {"drawn": {"ours": 6.0, "pillow": 5.0, "ratio": 1.25}}
+  alone = program().table({"config": {"loader_size": [80, 60]}, "step": step, "loader": {"shapes:2": 5.0}, "reading": read, "postprocess": {}})
+  assert [line.split() for line in alone.splitlines()[len(STEP):]] == [
+    ["loader,", "shapes:2,", "images/s", "5"], ["reading", "to", "80x60", "pixels", "ours", "Pillow", "ours/Pillow"],
+    ["loader,", "drawn,", "images/s", "6", "5", "1.25"]]
 
 
 def test_numbers_of_a_tiny_detector(tmp_path):
@@ -40,7 +43,9 @@ def test_numbers_of_a_tiny_detector(tmp_path):
   results = json.loads((tmp_path / "out.json").read_text())
   step = results["step"]
   assert set(step) == STEP and set(results["loader"]) == {"shapes:2"} and set(results["postprocess"]) == {"trained", "untrained"}
-  assert all(math.isfinite(v) and v > 0 for v in [*step.values(), *results["loader"].values(), *results["postprocess"].values()])
+  read, = results["reading"].values()
+  assert set(read) == {"ours", "pillow", "ratio"}
+  assert all(math.isfinite(v) and v > 0 for v in [*step.values(), *results["loader"].values(), *read.values(), *results["postprocess"].values()])
   assert (results["device"], results["config"]["size"], results["config"]["bs"]) == ("CPU", [64, 64], 2)
 
   second_step = re.search(r"^step 1: .*?^step 2: ", done.stdout, re.DOTALL | re.MULTILINE)
@@ -59,6 +64,7 @@ def test_numbers_of_a_tiny_detector(tmp_path):
   (["--bogus", "1"], "--bogus: no such flag"), (["--steps", "0"], "--steps 0: expected a whole number, at least 1"),
   (["--json", "nowhere/out.json"], "--json nowhere/out.json: its folder does not exist"), (["--plain", "--baseline"], "choose one of the three"),
   (["--torch", "--backbone", "resnet10_quarter"], "--backbone resnet10_quarter: torchvision has none of that name"),
+  (["--data", "shapes:1"], "--data shapes:1: give a folder of files to read"),
   (["--torch", "--gpus", "2"], "--gpus 2: torchvision is measured on one device"),
   pytest.param(["--torch"], "torch and torchvision not installed: pip install torch", marks=pytest.mark.skipif(
     importlib.util.find_spec("torch") is not None, reason="torch is installed"))])

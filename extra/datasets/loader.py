@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from extra.datasets.buckets import Buckets
 from extra.datasets.sample import Batch, Sample
-from extra.datasets.transforms import Transform, pad_to
+from extra.datasets.transforms import Transform, first_size, pad_to
 from extra.errors import UserError
 
 
@@ -28,17 +28,20 @@ class Loader:
   maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
   all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be
   picklable then. With `shard` = (rank, ranks) it yields the rank's rows of each batch, a part of `batch_size` / ranks; of a last batch that is filled
-  up, that part may be all filling. A batch's arrays belong to the caller.
+  up, that part may be all filling. With `reduced`, for training, a data set of files reads large JPEGs at a lower resolution where the transform
+  begins by resizing them to half their size or less (see `image.read_image`). A batch's arrays belong to the caller.
   Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1)):
+               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1),
+               reduced: bool = False):
     if len(dataset) < (batch_size if drop_last else 1):
       raise UserError(f"{dataset.name}: its {len(dataset)} images do not fill one batch of {batch_size}; choose a smaller batch size")
     if workers and os.name != "posix": raise UserError("workers: loading in other processes needs Linux or macOS; set workers to 0")
     self.dataset, self.batch_size, self.transform = dataset, batch_size, transform
     self.seed, self.shuffle, self.drop_last, self.workers, self.prefetch = seed, shuffle, drop_last, workers, prefetch
+    self.reduced = reduced and hasattr(dataset, "resized")
     self.max_boxes = max(8, -(-dataset.max_boxes // 8) * 8) if max_boxes is None else max_boxes
     self.buckets, self._canvases = buckets, buckets.canvases if buckets else None
     rank, ranks = shard
@@ -78,7 +81,8 @@ class Loader:
   def _transformed(self, epoch: int, index: int, canvas: tuple[int, int] | None = None) -> Sample:
     rng = np.random.default_rng((self.seed, epoch, index))
     try:
-      sample = self.transform(self.dataset[index], rng)
+      size = first_size(self.transform, tuple(self.dataset.sizes[index])) if self.reduced else None
+      sample = self.transform(self.dataset[index] if size is None else self.dataset.resized(index, size), rng)
       return pad_to(*canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
     except Exception as e:
       e.add_note(f"while loading {self.dataset.image_name(index)}")
