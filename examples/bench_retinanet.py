@@ -43,8 +43,6 @@ from extra.training.precision import DTYPES
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 READING_ROUNDS = 7           # of ours and of PIL alone, in turns
-BOXES = 8                    # on each picture
-POSTPROCESS_CLASSES = 91     # COCO's
 TORCH_WARMUP = 2             # steps after its first that are not timed
 TORCH_BACKBONES = tuple(name for name in resnet.BACKBONES if name != "resnet10_quarter")
 DRAWN = "drawn 1024x768"       # data set of JPEGs
@@ -61,6 +59,7 @@ class Config:
   size: tuple = option((128, 128), "pixels the network sees: 800, or width x height as 192x144", parse=size, show=show_size, group="step")
   bs: int = option(2, "pictures a step, over all devices", minimum=1, group="step")
   classes: int = option(10, "classes of the detector", minimum=1, group="step")
+  boxes: int = option(8, "boxes on each picture", minimum=1, group="step")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="step")
   gpus: int = option(1, "devices to divide the batch among", minimum=1, group="step")
   steps: int = option(8, "steps to time after the first", minimum=1, group="step")
@@ -72,8 +71,8 @@ class Config:
   loader_images: int = option(256, "pictures to load, in this process; 0 skips it", minimum=0, group="the rest")
   loader_size: tuple = option((800, 800), "pixels that pictures from files are resized to, as --size", parse=size, show=show_size, group="the rest")
   data: str | None = option(None, "a folder in COCO or Pascal VOC layout to load from, besides drawn pictures", group="the rest")
-  postprocess_size: int = option(800, f"pixels, of the picture whose outputs for {POSTPROCESS_CLASSES} classes become detections; 0 skips it",
-                                 minimum=0, group="the rest")
+  postprocess_size: int = option(800, "pixels, of the picture whose outputs become detections; 0 skips it", minimum=0, group="the rest")
+  postprocess_classes: int = option(91, "classes of those outputs, by default COCO's", minimum=1, group="the rest")
   json: str | None = option(None, "file to write the numbers to", group="the rest")
 
 
@@ -275,9 +274,10 @@ def peak_process_bytes() -> int:
 def random_batch(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """images u8 [B,H,W,3], boxes f32 [B,M,4] and labels i32 [B,M], as a loader gives them."""
   rng, canvas = np.random.default_rng(0), np.tile(np.float32(config.size), 2)
-  corners = np.sort(rng.random((config.bs, BOXES, 2, 2), np.float32), axis=2)
-  boxes = (0.05 + 0.9 * corners + np.float32([[-0.05], [0.05]])).reshape(config.bs, BOXES, 4) * canvas
-  return rng.integers(0, 256, (config.bs, *config.size[::-1], 3), np.uint8), boxes, rng.integers(0, config.classes, (config.bs, BOXES), np.int32)
+  corners = np.sort(rng.random((config.bs, config.boxes, 2, 2), np.float32), axis=2)
+  boxes = (0.05 + 0.9 * corners + np.float32([[-0.05], [0.05]])).reshape(config.bs, config.boxes, 4) * canvas
+  images = rng.integers(0, 256, (config.bs, *config.size[::-1], 3), np.uint8)
+  return images, boxes, rng.integers(0, config.classes, (config.bs, config.boxes), np.int32)
 
 
 def measure_drawing(config: Config) -> float:
@@ -335,14 +335,15 @@ def draw_folder(folder: Path, count: int) -> Path:
   return folder
 
 
-def measure_postprocess(side: int, repeats: int = 5) -> dict[str, float]:
+def measure_postprocess(side: int, classes: int, repeats: int = 5) -> dict[str, float]:
   """Pictures a second, one at a time, from head outputs to detections, with logits drawn from normal distributions of deviation 1.
 
-  At 800 pixels there are 120,087 anchors. With the mean of "trained" some 2,000 of the 10.9 million scores exceed the threshold of 0.05; with that of
-  "untrained", the bias that the class logits start from, half a million do, so that the largest levels have their full thousand candidates."""
+  At 800 pixels there are 120,087 anchors. With the mean of "trained" some 2,000 of the 10.9 million scores of 91 classes exceed the threshold of
+  0.05; with that of "untrained", the bias that the class logits start from, half a million do, so that the largest levels have their full thousand
+  candidates."""
   level_anchors, levels = anchors(side, side), level_sizes(side, side)
   rng, sizes, rates = np.random.default_rng(0), np.array([[side, side]], np.int32), {}
-  noise = rng.standard_normal((1, len(level_anchors), POSTPROCESS_CLASSES), np.float32)
+  noise = rng.standard_normal((1, len(level_anchors), classes), np.float32)
   deltas = Tensor(rng.standard_normal((1, len(level_anchors), 4), np.float32) * np.float32(0.2)).realize()
   for kind, mean in POSTPROCESS_MEANS.items():
     logits, seconds = Tensor(noise + np.float32(mean)).realize(), []
@@ -430,7 +431,7 @@ def main(config: Config) -> None:
     results["loader"]["shapes:2"] = measure_drawing(config)
     results["reading"][DRAWN] = measure_reading(config, draw_folder(Path(CACHE.name) / "drawn", min(24, config.loader_images)))
     if config.data is not None: results["reading"][config.data] = measure_reading(config, config.data)
-  if config.postprocess_size: results["postprocess"] = measure_postprocess(config.postprocess_size)
+  if config.postprocess_size: results["postprocess"] = measure_postprocess(config.postprocess_size, config.postprocess_classes)
   save(config.json, results)
   if config.baseline:
     print("the plain form:", flush=True)

@@ -1,4 +1,4 @@
-import importlib.util, json, math, os, re, subprocess, sys
+import dataclasses, importlib.util, json, math, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -14,8 +14,8 @@ def bench(folder, *flags, **environ):
                         text=True, stdin=subprocess.DEVNULL, check=False, timeout=600)
 
 
-def program():
-  spec = importlib.util.spec_from_file_location("bench_retinanet", ROOT / "examples" / "bench_retinanet.py")
+def program(name="bench_retinanet"):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
   spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
   return module
 
@@ -34,6 +34,17 @@ def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
   assert [line.split() for line in alone.splitlines()[len(STEP):]] == [
     ["loader,", "shapes:2,", "images/s", "5"], ["reading", "to", "80x60", "pixels", "ours", "Pillow", "ours/Pillow"],
     ["loader,", "drawn,", "images/s", "6", "5", "1.25"]]
+
+
+def test_the_table_of_growth_compares_with_its_first_row():
+  growth = program("bench_growth")
+  rows = {n: dict.fromkeys(growth.STEP, 1.5 * n) | {"post-processing, trained, ms": 4.0} for n in (2, 4)} | {8: None}
+  head, *lines = growth.table("bs", rows).splitlines()
+  assert head.split()[0] == "bs" and head.endswith("  post-processing, trained, ms")
+  assert [line.split() for line in lines] == [["2", *["3", "x1.00"] * 5, "4", "x1.00"], ["4", *["6", "x2.00"] * 5, "4", "x1.00"], ["8", "failed"]]
+  assert growth.table("bs", {2: None}) == "bs: all failed"
+  flags = {field.name for field in dataclasses.fields(program().Config)}
+  assert set(growth.SWEEPS) == set(growth.BASE) <= flags
 
 
 def test_numbers_of_a_tiny_detector(tmp_path):
