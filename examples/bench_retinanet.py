@@ -295,15 +295,16 @@ def loading_rate(loader: Loader) -> float:
 
 
 def measure_reading(config: Config, folder: str | Path) -> dict[str, float]:
-  """Training pictures a second that one process reads from `folder`, resizes and flips, by the loader and by Pillow alone; medians of several rounds
-  in which the two take turns, and that of the rounds' ratios."""
+  """Training pictures a second that are read from `folder`, resized and flipped by the loader in this process, by one worker, and by Pillow alone:
+  medians of several rounds in which they take turns, and those of the rounds' ratios to Pillow's."""
   width, height = config.loader_size
   dataset = Subset(open_dataset(folder, "train"), config.loader_images)
-  loader = Loader(dataset, config.bs, compose(resize(height, width), horizontal_flip()), reduced=True)
+  loaders = [Loader(dataset, config.bs, compose(resize(height, width), horizontal_flip()), reduced=True, workers=workers) for workers in (0, 1)]
   files = [dataset.image_name(i) for i in range(len(dataset))]
-  rates = np.array([(loading_rate(loader), pillow_rate(files, config.bs, width, height)) for _ in range(1 + READING_ROUNDS)])[1:]   # one to warm up
-  ours, pillow = np.median(rates, axis=0).tolist()
-  return {"ours": ours, "pillow": pillow, "ratio": float(np.median(rates[:, 0] / rates[:, 1]))}
+  rounds = [[*map(loading_rate, loaders), pillow_rate(files, config.bs, width, height)] for _ in range(1 + READING_ROUNDS)][1:]   # the first warms up
+  for loader in loaders: loader.close()
+  ratios = [[rate / row[-1] for rate in row[:-1]] for row in rounds]
+  return dict(zip(READING, [*np.median(rounds, axis=0).tolist(), *np.median(ratios, axis=0).tolist()]))
 
 
 def pillow_rate(files: list[str], batch_size: int, width: int, height: int) -> float:
@@ -368,6 +369,7 @@ def measure_apart(form: str, flags: list[str]) -> dict[str, float] | None:
 ROWS = {"first_step_s": "start to first step, s", "captured_step_s": "start to first captured step, s", "step_median_s": "step, median, s",
         "step_min_s": "step, least, s", "images_per_s": "images/s", "kernels": "kernels a step", "gflop": "GFLOP a step",
         "gflop_per_s": "GFLOP/s", "peak_device_mb": "device memory, MB", "peak_process_mb": "process memory, MB", "threads": "threads"}
+READING = {"ours": "in process", "worker": "a worker", "pillow": "Pillow", "ratio": "ours/Pillow", "worker_ratio": "worker/Pillow"}
 
 
 def table(results: dict) -> str:
@@ -382,9 +384,8 @@ def table(results: dict) -> str:
     lines.append(f"{words:32}{''.join(cells)}".rstrip())
   lines += [f"{'loader, ' + spec + ', images/s':32}{rate:12.4g}" for spec, rate in results["loader"].items()]
   if reading := results["reading"]:
-    lines.append(f"{'reading to ' + show_size(results['config']['loader_size']) + ' pixels':32}{'ours':>12}{'Pillow':>12}{'ours/Pillow':>12}")
-    lines += [f"{'loader, ' + Path(spec).name + ', images/s':32}{rates['ours']:12.4g}{rates['pillow']:12.4g}{rates['ratio']:12.2f}"
-              for spec, rates in reading.items()]
+    lines.append(f"{'read at ' + show_size(results['config']['loader_size']):32}" + "".join(f"{words:>14}" for words in READING.values()))
+    lines += [f"{Path(spec).name + ', images/s':32}" + "".join(f"{rates[key]:14.4g}" for key in READING) for spec, rates in reading.items()]
   lines += [f"{'postprocess, ' + kind + ', images/s':32}{rate:12.4g}" for kind, rate in results["postprocess"].items()]
   return "\n".join(lines)
 

@@ -29,11 +29,10 @@ def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
   cells = {row[:32].strip(): [row[i:i + 12].strip() for i in range(32, len(row), 12)] for row in rows}
   assert cells["step, median, s"] == ["2", "8", "4.00", "0.5", "4.00"]
   assert cells["kernels a step"] == ["2", "8", "4.00"] and cells["threads"] == ["", "", "", "2"]
-  read = {"drawn": {"ours": 6.0, "pillow": 5.0, "ratio": 1.25}}
+  read = {"drawn": {"ours": 6.0, "worker": 7.0, "pillow": 5.0, "ratio": 1.25, "worker_ratio": 1.5}}
   alone = program().table({"config": {"loader_size": [80, 60]}, "step": step, "loader": {"shapes:2": 5.0}, "reading": read, "postprocess": {}})
-  assert [line.split() for line in alone.splitlines()[len(STEP):]] == [
-    ["loader,", "shapes:2,", "images/s", "5"], ["reading", "to", "80x60", "pixels", "ours", "Pillow", "ours/Pillow"],
-    ["loader,", "drawn,", "images/s", "6", "5", "1.25"]]
+  assert [" ".join(line.split()) for line in alone.splitlines()[len(STEP):]] == [
+    "loader, shapes:2, images/s 5", "read at 80x60 in process a worker Pillow ours/Pillow worker/Pillow", "drawn, images/s 6 7 5 1.25 1.5"]
 
 
 def test_the_table_of_growth_compares_with_its_first_row():
@@ -55,7 +54,7 @@ def test_numbers_of_a_tiny_detector(tmp_path):
   step = results["step"]
   assert set(step) == STEP and set(results["loader"]) == {"shapes:2"} and set(results["postprocess"]) == {"trained", "untrained"}
   read, = results["reading"].values()
-  assert set(read) == {"ours", "pillow", "ratio"}
+  assert set(read) == {"ours", "worker", "pillow", "ratio", "worker_ratio"}
   assert all(math.isfinite(v) and v > 0 for v in [*step.values(), *results["loader"].values(), *read.values(), *results["postprocess"].values()])
   assert (results["device"], results["config"]["size"], results["config"]["bs"]) == ("CPU", [64, 64], 2)
 

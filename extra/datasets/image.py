@@ -7,7 +7,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from extra.datasets.problems import Problems, reason, shown
 from extra.errors import UserError
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")   # Pillow knows more; one of them, EPS, starts a program
+FORMATS = ("JPEG", "PNG", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")   # Pillow knows more; one of them, EPS, starts a program
 SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 MODES = {"RGB": None, "RGBX": None, "YCbCr": None, "1": "grey-scale", "L": "grey-scale", "LA": "grey-scale", "La": "grey-scale", "P": "of a palette",
          "PA": "of a palette", "RGBA": None, "RGBa": None, "CMYK": "CMYK", **dict.fromkeys(SIXTEEN_BIT, "of 16 bits")}
@@ -32,7 +32,9 @@ def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resiz
     with opened(path) as picture:
       found = stored = (picture.height, picture.width)
       part = None   # of the decoded pixels that is the picture: a side that the scale does not divide has less of its last pixel
-      if resized is not None and size == stored and (drafted := picture.draft(None, resized[::-1])) is not None: part = drafted[1]
+      if resized is not None and size == stored and stored[0] >= 2 * resized[0] and stored[1] >= 2 * resized[1]:
+        drafted = picture.draft(None, resized[::-1])
+        part = drafted and drafted[1]
       picture.load()
       if size is not None and size != stored:
         picture = ImageOps.exif_transpose(picture)
