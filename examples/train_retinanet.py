@@ -139,7 +139,7 @@ def main(config: Config, ranks: Ranks) -> None:
     augment, train_buckets = [*augment, scale_jitter(0.5, 2.0, *canvas)], one_bucket(len(train_set), canvas)
   else: augment = [fit, *augment]
   train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, workers=config.workers,
-                        buckets=train_buckets, shard=(ranks.rank, ranks.size))
+                        buckets=train_buckets, shard=(ranks.rank, ranks.size), reduced=True)
   val_loader = Loader(val_set, config.bs, fit, workers=config.workers, buckets=val_buckets, shard=(ranks.rank, ranks.size))
 
   # ---------------------------------------------------------------------------------------------------------------------------- model

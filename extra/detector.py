@@ -79,9 +79,9 @@ def read_picture(image: Any) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
       raise TypeError(f"a picture as an array is u8 [H,W,3] RGB, not {image.dtype} {list(image.shape)}")
     return image
-  if isinstance(image, Image.Image): return to_rgb(ImageOps.exif_transpose(image))
+  if isinstance(image, Image.Image): return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
   try:
-    with opened(image) as picture: return to_rgb(ImageOps.exif_transpose(picture))
+    with opened(image) as picture: return np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
   except Exception as e:   # decoders raise almost anything on broken files
     raise UserError(f"{image}: cannot be read as a picture ({type(e).__name__}: {e})") from e
 

@@ -1,4 +1,4 @@
-import json, math, os, re, subprocess, sys
+import dataclasses, importlib.util, json, math, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -14,6 +14,38 @@ def bench(folder, *flags, **environ):
                         text=True, stdin=subprocess.DEVNULL, check=False, timeout=600)
 
 
+def program(name="bench_retinanet"):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+  return module
+
+
+def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
+  step = dict.fromkeys(STEP, 2.0)
+  results = {"step": step, "loader": {}, "reading": {}, "postprocess": {}, "plain": dict.fromkeys(STEP, 8.0), "ratios": dict.fromkeys(STEP, 4.0),
+             "torch": {"step_median_s": 0.5, "threads": 2, "device": "cpu"}, "torch_ratios": {"step_median_s": 4.0}}
+  head, *rows = program().table(results).splitlines()
+  assert head.split() == ["ours", "plain", "plain/ours", "torch", "ours/torch"] and len(rows) == len(STEP) + 1
+  cells = {row[:32].strip(): [row[i:i + 12].strip() for i in range(32, len(row), 12)] for row in rows}
+  assert cells["step, median, s"] == ["2", "8", "4.00", "0.5", "4.00"]
+  assert cells["kernels a step"] == ["2", "8", "4.00"] and cells["threads"] == ["", "", "", "2"]
+  read = {"drawn": {"ours": 6.0, "worker": 7.0, "pillow": 5.0, "ratio": 1.25, "worker_ratio": 1.5}}
+  alone = program().table({"config": {"loader_size": [80, 60]}, "step": step, "loader": {"shapes:2": 5.0}, "reading": read, "postprocess": {}})
+  assert [" ".join(line.split()) for line in alone.splitlines()[len(STEP):]] == [
+    "loader, shapes:2, images/s 5", "read at 80x60 in process a worker Pillow ours/Pillow worker/Pillow", "drawn, images/s 6 7 5 1.25 1.5"]
+
+
+def test_the_table_of_growth_compares_with_its_first_row():
+  growth = program("bench_growth")
+  rows = {n: dict.fromkeys(growth.STEP, 1.5 * n) | {"post-processing, trained, ms": 4.0} for n in (2, 4)} | {8: None}
+  head, *lines = growth.table("bs", rows).splitlines()
+  assert head.split()[0] == "bs" and head.endswith("  post-processing, trained, ms")
+  assert [line.split() for line in lines] == [["2", *["3", "x1.00"] * 5, "4", "x1.00"], ["4", *["6", "x2.00"] * 5, "4", "x1.00"], ["8", "failed"]]
+  assert growth.table("bs", {2: None}) == "bs: all failed"
+  flags = {field.name for field in dataclasses.fields(program().Config)}
+  assert set(growth.SWEEPS) == set(growth.BASE) <= flags
+
+
 def test_numbers_of_a_tiny_detector(tmp_path):
   done = bench(tmp_path, *TINY, "--json", "out.json", DEBUG="2")   # tinygrad then prints a line for each kernel that it runs
   assert done.returncode == 0, done.stderr
@@ -21,7 +53,9 @@ def test_numbers_of_a_tiny_detector(tmp_path):
   results = json.loads((tmp_path / "out.json").read_text())
   step = results["step"]
   assert set(step) == STEP and set(results["loader"]) == {"shapes:2"} and set(results["postprocess"]) == {"trained", "untrained"}
-  assert all(math.isfinite(v) and v > 0 for v in [*step.values(), *results["loader"].values(), *results["postprocess"].values()])
+  read, = results["reading"].values()
+  assert set(read) == {"ours", "worker", "pillow", "ratio", "worker_ratio"}
+  assert all(math.isfinite(v) and v > 0 for v in [*step.values(), *results["loader"].values(), *read.values(), *results["postprocess"].values()])
   assert (results["device"], results["config"]["size"], results["config"]["bs"]) == ("CPU", [64, 64], 2)
 
   second_step = re.search(r"^step 1: .*?^step 2: ", done.stdout, re.DOTALL | re.MULTILINE)
@@ -38,7 +72,12 @@ def test_numbers_of_a_tiny_detector(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
   (["--bogus", "1"], "--bogus: no such flag"), (["--steps", "0"], "--steps 0: expected a whole number, at least 1"),
-  (["--json", "nowhere/out.json"], "--json nowhere/out.json: its folder does not exist"), (["--plain", "--baseline"], "choose one of them")])
+  (["--json", "nowhere/out.json"], "--json nowhere/out.json: its folder does not exist"), (["--plain", "--baseline"], "choose one of the three"),
+  (["--torch", "--backbone", "resnet10_quarter"], "--backbone resnet10_quarter: torchvision has none of that name"),
+  (["--data", "shapes:1"], "--data shapes:1: give a folder of files to read"),
+  (["--torch", "--gpus", "2"], "--gpus 2: torchvision is measured on one device"),
+  pytest.param(["--torch"], "torch and torchvision not installed: pip install torch", marks=pytest.mark.skipif(
+    importlib.util.find_spec("torch") is not None, reason="torch is installed"))])
 def test_what_the_user_can_mend_exits_with_2(tmp_path, flags, message):
   done = bench(tmp_path, *flags)
   assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

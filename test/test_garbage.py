@@ -900,5 +900,5 @@ def test_any_bytes_changed_in_a_picture(tmp_path_factory, data):
   whole = data.draw(st.sampled_from([PNG, JPEG, GIF, WEBP, encoded(RGB, "BMP"), encoded(RGB, "TIFF"), encoded(RGB, "PPM")]))
   (path := tmp_path_factory.getbasetemp() / "any.png").write_bytes(mutated(data, whole, [b"", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f"]))
   with contextlib.suppress(UserError):
-    found = image.read_image(path, None, "")
+    found = np.asarray(image.read_image(path, None, ""))
     assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.shape[0] * found.shape[1] <= image.MAX_PIXELS

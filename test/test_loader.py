@@ -4,6 +4,7 @@ import numpy as np, pytest
 from PIL import Image
 from extra.datasets.loader import Loader
 from extra.datasets.shapes import Shapes
+from extra.datasets.subset import Subset
 from extra.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter, scale_jitter
 from extra.datasets.voc import Voc
 from extra.errors import UserError
@@ -98,6 +99,29 @@ def test_an_abandoned_epoch_leaves_nothing_in_the_next():
   loader.close()
   assert same(next(loader.epoch(1)), expected[0])  # workers start again
   loader.close()
+
+
+class Resized(Shapes):
+  """Reads at any size, and notes which were asked for."""
+  asked: set
+
+  def resized(self, index, size):
+    self.asked.add(size)
+    return resize(*size)(self[index], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("transform, size", [
+  (resize(32, 24), (32, 24)), (compose(compose(resize(32, 24)), horizontal_flip()), (32, 24)),
+  (compose(resize_shorter(40, 60), pad_to(60, 60)), (40, 40)), (compose(horizontal_flip(), resize(32, 24)), None), (TRANSFORM, None),
+  (compose(), None), (lambda sample, rng: sample, None)])
+def test_a_reduced_loader_asks_for_the_size_that_comes_first(transform, size):
+  dataset = Resized("train", count=5, size=64)
+  dataset.asked = set()
+  whole = list(Loader(dataset, 3, transform).epoch(0))
+  assert not dataset.asked
+  assert all(same(a, b) for a, b in zip(Loader(Subset(dataset, 5), 3, transform, reduced=True).epoch(0), whole))
+  assert dataset.asked == ({size} if size else set())
+  assert all(same(a, b) for a, b in zip(Loader(Shapes("train", count=5, size=64), 3, transform, reduced=True).epoch(0), whole))
 
 
 def test_drop_last_and_batches_that_cannot_be_filled():

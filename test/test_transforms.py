@@ -1,3 +1,4 @@
+import dataclasses
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -219,6 +220,20 @@ def test_crops_leave_padding_out(transform):
   one, other = (transform(s, np.random.default_rng(4)) for s in (sample, bare))
   np.testing.assert_array_equal(one.image, other.image)
   np.testing.assert_array_equal(one.boxes, other.boxes)
+
+
+def test_pictures_of_pillow_and_arrays_are_transformed_alike():
+  sample = random_sample((48, 64))
+  for transform in (resize(20, 30), resize(48, 64), resize_shorter(20, 30), pad_to(60, 70), horizontal_flip(1), scale_jitter(0.5, 2, 64, 64),
+                    random_resized_crop(20, 30), center_crop_resize(30, 20), photometric_jitter(p=1),
+                    compose(resize_shorter(30, 40), pad_to(50, 50), horizontal_flip(1), photometric_jitter(p=1), resize(20, 20))):
+    given = dataclasses.replace(sample, image=Image.fromarray(sample.image))
+    result, expected = (transform(s, np.random.default_rng(1)) for s in (given, sample))
+    np.testing.assert_array_equal(result.image, expected.image)
+    np.testing.assert_array_equal(result.boxes, expected.boxes)
+    assert result.content_size == expected.content_size
+    np.testing.assert_array_equal(given.image, sample.image)
+  assert isinstance(given.image, np.ndarray) and given.image is given.image
 
 
 def test_transforms_take_images_without_boxes():

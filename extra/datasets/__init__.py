@@ -2,7 +2,8 @@
 
 A data set is any object with `name`, `class_names` (in label order), `category_ids` (label -> the data set's own id), `max_boxes` (the most objects
 on an image), `warnings` (one line for each kind of oddity that was mended), `sizes` ((height, width) of each image, known without decoding one),
-`len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and `d.ground_truth()` in the form of a COCO instances file.
+`len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and `d.ground_truth()` in the form of a COCO instances file. One
+that reads files may have `d.resized(i, (height, width))`, a `Sample` read at that size, faster.
 """
 import os
 from pathlib import Path

@@ -13,6 +13,7 @@ from extra.datasets.image_folder import SUFFIXES
 from extra.datasets.json_rows import read_portions, read_whole
 from extra.datasets.problems import Problems, check_boxes, check_class_names, reason, shown
 from extra.datasets.sample import Sample
+from extra.datasets.transforms import resized_boxes
 from extra.errors import UserError
 
 FARTHEST = 1e6   # pixels; no coordinate of a real box is larger
@@ -71,14 +72,22 @@ class Coco:
 
   def image_name(self, index: int) -> str: return str(self.folder / self.file_name(index))
 
-  def __getitem__(self, index: int) -> Sample:
+  def __getitem__(self, index: int) -> Sample: return self._sample(index, None)
+
+  def resized(self, index: int, size: tuple[int, int]) -> Sample:
+    """As `transforms.resize(*size)` makes of `self[index]`, but for what `read_image` says of large JPEGs."""
+    return self._sample(index, size)
+
+  def _sample(self, index: int, resized: tuple[int, int] | None) -> Sample:
     height, width = (int(x) for x in self.sizes[index])
     mine = slice(*self.offsets[index:index + 2])
     objects = ~self.crowd[mine]
-    image = read_image(self.image_name(index), (height, width), f"{self.file}: images[].width/height of id {self.image_ids[index]}")
+    image = read_image(self.image_name(index), (height, width), f"{self.file}: images[].width/height of id {self.image_ids[index]}",
+                       resized)
     corners = np.concatenate([self.boxes[mine, :2], self.boxes[mine, :2] + self.boxes[mine, 2:]], 1)[objects]
     boxes = corners.clip(0, [width, height] * 2).astype(np.float32)
-    return Sample(image, boxes, self.labels[mine][objects], int(self.image_ids[index]), (height, width), (height, width))
+    if resized: boxes = resized_boxes(boxes, (height, width), resized)
+    return Sample(image, boxes, self.labels[mine][objects], int(self.image_ids[index]), (height, width), resized or (height, width))
 
   def __getstate__(self) -> dict[str, Any]:
     """Without the arrays where they can be mapped by others, too."""

@@ -52,7 +52,7 @@ class ImageFolder:
 
   def __getitem__(self, index: int) -> Sample:
     image = read_image(Path(self.image_name(index)), None, "")
-    size = image.shape[:2]
+    size = (image.height, image.width)
     return Sample(image, np.array([[0, 0, size[1], size[0]]], np.float32), self.labels[index:index + 1], index + 1, size, size)
 
   def _agreed_classes(self, other: Path) -> list[str]:

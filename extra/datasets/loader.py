@@ -6,7 +6,7 @@ main program again, and with it tinygrad, and fail where the main program has no
 Pixels travel through one block of anonymous shared memory (`memfd`): it has no name, so nothing can be left behind in /dev/shm however the run ends,
 and it is not bounded by the size of /dev/shm, which is 64 MB in many containers.
 """
-import mmap, os, pickle, signal, subprocess, sys, tempfile, traceback, weakref
+import math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback, weakref
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 from extra.datasets.buckets import Buckets
 from extra.datasets.sample import Batch, Sample
-from extra.datasets.transforms import Transform, pad_to
+from extra.datasets.transforms import Transform, first_size, pad_to
 from extra.errors import UserError
+
+
+# What a picture needed stays with a worker for the next one: else glibc gives it back, and a third of the time goes into the same pages again.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 28), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}   # bytes; the second at its most
 
 
 class Loader:
@@ -28,17 +32,20 @@ class Loader:
   maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
   all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be
   picklable then. With `shard` = (rank, ranks) it yields the rank's rows of each batch, a part of `batch_size` / ranks; of a last batch that is filled
-  up, that part may be all filling. A batch's arrays belong to the caller.
+  up, that part may be all filling. With `reduced`, for training, a data set of files reads large JPEGs at a lower resolution where the transform
+  begins by resizing them to half their size or less (see `image.read_image`). A batch's arrays belong to the caller.
   Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1)):
+               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1),
+               reduced: bool = False):
     if len(dataset) < (batch_size if drop_last else 1):
       raise UserError(f"{dataset.name}: its {len(dataset)} images do not fill one batch of {batch_size}; choose a smaller batch size")
     if workers and os.name != "posix": raise UserError("workers: loading in other processes needs Linux or macOS; set workers to 0")
     self.dataset, self.batch_size, self.transform = dataset, batch_size, transform
     self.seed, self.shuffle, self.drop_last, self.workers, self.prefetch = seed, shuffle, drop_last, workers, prefetch
+    self.reduced = reduced and hasattr(dataset, "resized")
     self.max_boxes = max(8, -(-dataset.max_boxes // 8) * 8) if max_boxes is None else max_boxes
     self.buckets, self._canvases = buckets, buckets.canvases if buckets else None
     rank, ranks = shard
@@ -78,7 +85,8 @@ class Loader:
   def _transformed(self, epoch: int, index: int, canvas: tuple[int, int] | None = None) -> Sample:
     rng = np.random.default_rng((self.seed, epoch, index))
     try:
-      sample = self.transform(self.dataset[index], rng)
+      size = first_size(self.transform, tuple(self.dataset.sizes[index])) if self.reduced else None
+      sample = self.transform(self.dataset[index] if size is None else self.dataset.resized(index, size), rng)
       return pad_to(*canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
     except Exception as e:
       e.add_note(f"while loading {self.dataset.image_name(index)}")
@@ -151,7 +159,7 @@ class _Pool:
     self.close = weakref.finalize(self, _end_workers, self.processes, self.connections)
     try:
       work = pickle.dumps(loader, protocol=pickle.HIGHEST_PROTOCOL)
-      environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+      environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
       for worker in range(loader.workers):
         ours, theirs = Pipe()
         program = f"from extra.datasets.loader import serve; serve({theirs.fileno()}, {memory_file}, {slots}, {worker}, {os.getpid()})"
@@ -267,7 +275,7 @@ def _fields(loader: Loader, canvas: tuple[int, int]) -> list[tuple[tuple[int, ..
 
 
 def _batch_bytes(loader: Loader, canvas: tuple[int, int]) -> int:
-  return sum(-(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64 for shape, dtype in _fields(loader, canvas))
+  return sum(-(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape, dtype in _fields(loader, canvas))
 
 
 def _slot_bytes(loader: Loader) -> int: return max(_batch_bytes(loader, canvas) for canvas in loader._canvases)
@@ -277,7 +285,7 @@ def _arrays(buffer: np.ndarray, loader: Loader, canvas: tuple[int, int]) -> Batc
   """A batch whose arrays are parts of the u8 `buffer`."""
   arrays, offset = [], 0
   for shape, dtype in _fields(loader, canvas):
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     arrays.append(buffer[offset:offset + size].view(dtype).reshape(shape))
     offset += -(-size // 64) * 64
   return Batch(*arrays)

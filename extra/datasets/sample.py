@@ -1,17 +1,43 @@
 """What a data set yields (`Sample`) and what a loader yields (`Batch`): plain numpy arrays on the host."""
 from dataclasses import dataclass
 import numpy as np
+from PIL import Image
+
+
+class _Pixels:
+  """The attribute `image` of a sample: a Pillow picture that it is set to becomes an array when it is read, and not while Pillow's own operations
+  (`Sample.picture`) follow each other, for each way between the two costs as much as mirroring a picture."""
+  def __get__(self, sample: "Sample | None", owner: type) -> np.ndarray:
+    if sample is None: raise AttributeError("image")   # so that the field has no default
+    if isinstance(pixels := sample.__dict__["image"], Image.Image): pixels = sample.__dict__["image"] = np.asarray(pixels)
+    return pixels
+
+  def __set__(self, sample: "Sample", pixels: np.ndarray | Image.Image) -> None: sample.__dict__["image"] = pixels
 
 
 @dataclass
 class Sample:
   """One picture with its objects. Boxes are xyxy in pixels of `image`, where pixel i covers the interval [i, i+1]."""
-  image: np.ndarray                # u8 [H,W,3] RGB
+  image: np.ndarray = _Pixels()    # u8 [H,W,3] RGB; a Pillow picture, all of it content, may be given instead
   boxes: np.ndarray                # f32 [M,4]
   labels: np.ndarray               # i32 [M], 0..K-1
   image_id: int
   original_size: tuple[int, int]   # (height, width) of the picture in its file; transforms keep it
   content_size: tuple[int, int]    # (height, width) of the part of `image`, from its top left corner, that is picture and not padding
+
+  @property
+  def picture(self) -> Image.Image:
+    """The content of `image`, for Pillow."""
+    pixels, (height, width) = self.__dict__["image"], self.content_size
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels[:height, :width]))
+
+  def with_content(self, picture: Image.Image) -> np.ndarray | Image.Image:
+    """`image` where `picture`, of the same size, is its content."""
+    pixels, (height, width) = self.__dict__["image"], self.content_size
+    if isinstance(pixels, Image.Image) or pixels.shape[:2] == self.content_size: return picture
+    padded = pixels.copy()
+    padded[:height, :width] = np.asarray(picture)
+    return padded
 
 
 @dataclass

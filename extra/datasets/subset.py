@@ -11,6 +11,7 @@ class Subset:
     self.dataset, self.count = dataset, min(count, len(dataset))
     self.name, self.class_names, self.category_ids = dataset.name, dataset.class_names, dataset.category_ids
     self.max_boxes, self.warnings = dataset.max_boxes, dataset.warnings
+    if hasattr(dataset, "resized"): self.resized = dataset.resized   # the same pictures have the same numbers
 
   def __len__(self) -> int: return self.count
 

@@ -109,10 +109,23 @@ def _content(sample: Sample) -> np.ndarray:
 
 def _resize(height: int, width: int, sample: Sample, rng: np.random.Generator) -> Sample:
   h, w = sample.content_size
-  image = _content(sample) if (h, w) == (height, width) else \
-    np.asarray(Image.fromarray(_content(sample)).resize((width, height), Image.Resampling.BILINEAR))
-  boxes = sample.boxes * np.array([width / w, height / h] * 2, np.float32)
-  return replace(sample, image=image, boxes=boxes, content_size=(height, width))
+  picture = sample.picture
+  if (h, w) != (height, width): picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+  return replace(sample, image=picture, boxes=resized_boxes(sample.boxes, (h, w), (height, width)), content_size=(height, width))
+
+
+def resized_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+  """`boxes` f32 [M,4] of a picture of the size `old` in one that is stretched to `new`, (height, width) each."""
+  return boxes * np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
+
+
+def first_size(transform: Transform, size: tuple[int, int]) -> tuple[int, int] | None:
+  """(height, width) that `transform` first resizes a whole picture of `size` to; None where it does something else first."""
+  while isinstance(transform, partial) and transform.func is _compose and transform.args[0]: transform = transform.args[0][0]
+  if not isinstance(transform, partial): return None
+  if transform.func is _resize: return transform.args
+  if transform.func is _resize_shorter: return tuple(resized_sizes(np.array([size]), *transform.args)[0].tolist())
+  return None
 
 
 def resized_sizes(sizes: np.ndarray, shorter: int, maximum: int) -> np.ndarray:
@@ -136,11 +149,10 @@ def _pad_to(height: int, width: int, fill: tuple[int, int, int], sample: Sample,
 
 def _horizontal_flip(p: float, sample: Sample, rng: np.random.Generator) -> Sample:
   if rng.random() >= p: return sample
-  width, image, boxes = sample.content_size[1], sample.image.copy(), sample.boxes.copy()
-  mirrored = Image.fromarray(_content(sample)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # three times as fast as numpy's [:, ::-1]
-  image[:sample.content_size[0], :width] = np.asarray(mirrored)
+  width, boxes = sample.content_size[1], sample.boxes.copy()
   boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
-  return replace(sample, image=image, boxes=boxes)
+  mirrored = sample.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)   # three times as fast as numpy's [:, ::-1]
+  return replace(sample, image=sample.with_content(mirrored), boxes=boxes)
 
 
 def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:
@@ -150,13 +162,13 @@ def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[
   new_h, new_w = min(full_h, height), min(full_w, width)
   top, left = (int(x) for x in rng.integers(0, [full_h - new_h + 1, full_w - new_w + 1]))
   window = (left * w / full_w, top * h / full_h, min((left + new_w) * w / full_w, w), min((top + new_h) * h / full_h, h))
-  picture = Image.fromarray(_content(sample)).resize((new_w, new_h), Image.Resampling.BILINEAR, box=window)
+  picture = sample.picture.resize((new_w, new_h), Image.Resampling.BILINEAR, box=window)
 
   whole = sample.boxes * np.array([full_w / w, full_h / h] * 2, np.float32) - np.array([left, top] * 2, np.float32)
   boxes = whole.clip(0, np.array([new_w, new_h] * 2, np.float32))
   sides, whole_sides = boxes[:, 2:] - boxes[:, :2], whole[:, 2:] - whole[:, :2]
   keep = (sides.min(1, initial=np.inf) >= 1) & (sides.prod(1) >= 0.1 * whole_sides.prod(1))
-  cropped = replace(sample, image=np.asarray(picture), boxes=boxes[keep], labels=sample.labels[keep], content_size=(new_h, new_w))
+  cropped = replace(sample, image=picture, boxes=boxes[keep], labels=sample.labels[keep], content_size=(new_h, new_w))
   return _pad_to(height, width, fill, cropped, rng)
 
 
@@ -172,8 +184,7 @@ def _random_resized_crop(height: int, width: int, scale: tuple[float, float], ra
   else:
     part_w, part_h = min(w, max(1, round(h * ratio[1]))), min(h, max(1, round(w / ratio[0])))
     top, left = (h - part_h) // 2, (w - part_w) // 2
-  part = np.ascontiguousarray(sample.image[top:top + part_h, left:left + part_w])
-  picture = Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR)
+  picture = sample.picture.crop((left, top, left + part_w, top + part_h)).resize((width, height), Image.Resampling.BILINEAR)
   return _cropped(sample, picture, (left, top), (width / part_w, height / part_h))
 
 
@@ -183,7 +194,7 @@ def _center_crop_resize(resize: int, size: int, sample: Sample, rng: np.random.G
   x, y = w / full_w, h / full_h
   left, top = round((full_w - size) / 2) * x, round((full_h - size) / 2) * y
   window = (left, top, min(left + size * x, w), min(top + size * y, h))
-  picture = Image.fromarray(_content(sample)).resize((size, size), Image.Resampling.BILINEAR, box=window)
+  picture = sample.picture.resize((size, size), Image.Resampling.BILINEAR, box=window)
   return _cropped(sample, picture, (left, top), (1 / x, 1 / y))
 
 
@@ -192,7 +203,7 @@ def _cropped(sample: Sample, picture: Image.Image, origin: tuple[float, float], 
   limits = np.array([picture.width, picture.height] * 2, np.float32)
   boxes = ((sample.boxes - np.array(origin * 2, np.float32)) * np.array(scale * 2, np.float32)).clip(0, limits)
   keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-  return replace(sample, image=np.asarray(picture), boxes=boxes[keep], labels=sample.labels[keep], content_size=(picture.height, picture.width))
+  return replace(sample, image=picture, boxes=boxes[keep], labels=sample.labels[keep], content_size=(picture.height, picture.width))
 
 
 def _photometric_jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float,
@@ -201,11 +212,9 @@ def _photometric_jitter(brightness: float, contrast: float, saturation: float, h
   change = np.where(rng.random(4) < p, rng.uniform(-limits, limits), 0)
   contrast_first = rng.random() < 0.5
   if not change.any(): return sample
-  picture = Image.fromarray(_content(sample))
+  picture = sample.picture
   matrix = colour_matrix(np.array(ImageStat.Stat(picture).mean), *change, contrast_first=contrast_first)
-  image = sample.image.copy()
-  image[:sample.content_size[0], :sample.content_size[1]] = np.asarray(picture.convert("RGB", tuple(matrix.ravel())))
-  return replace(sample, image=image)
+  return replace(sample, image=sample.with_content(picture.convert("RGB", tuple(matrix.ravel()))))
 
 
 def colour_matrix(mean: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float, *, contrast_first: bool) -> np.ndarray:

@@ -8,6 +8,7 @@ from extra.datasets.image import check_headers, read_image
 from extra.datasets.image_folder import SUFFIXES
 from extra.datasets.problems import Problems, check_boxes, check_class_names, read_bytes, reason, shown
 from extra.datasets.sample import Sample
+from extra.datasets.transforms import resized_boxes
 from extra.errors import UserError
 
 MAX_XML = 32_000_000   # bytes; an annotation with 10,000 objects has 3 million
@@ -54,11 +55,19 @@ class Voc:
 
   def image_name(self, index: int) -> str: return str(self.folder / "JPEGImages" / self.file_names[index])
 
-  def __getitem__(self, index: int) -> Sample:
-    mine = slice(*self.offsets[index:index + 2])
+  def __getitem__(self, index: int) -> Sample: return self._sample(index, None)
+
+  def resized(self, index: int, size: tuple[int, int]) -> Sample:
+    """As `transforms.resize(*size)` makes of `self[index]`, but for what `read_image` says of large JPEGs."""
+    return self._sample(index, size)
+
+  def _sample(self, index: int, resized: tuple[int, int] | None) -> Sample:
+    mine, size = slice(*self.offsets[index:index + 2]), self.sizes[index]
     objects = ~self.difficult[mine]
-    image = read_image(self.image_name(index), self.sizes[index], f"<size> in {self.folder / 'Annotations' / self.names[index]}.xml")
-    return Sample(image, self.boxes[mine][objects].astype(np.float32), self.labels[mine][objects], index + 1, self.sizes[index], self.sizes[index])
+    image = read_image(self.image_name(index), size, f"<size> in {self.folder / 'Annotations' / self.names[index]}.xml", resized)
+    boxes = self.boxes[mine][objects].astype(np.float32)
+    if resized: boxes = resized_boxes(boxes, size, resized)
+    return Sample(image, boxes, self.labels[mine][objects], index + 1, size, resized or size)
 
   def ground_truth(self) -> dict[str, Any]:
     """The annotations in the form of a COCO instances file; the area is the box's."""
