@@ -30,5 +30,5 @@ setup(
                   "notebook": NOTEBOOK,
                   "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", *MLPERF, *NOTEBOOK, *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py and the peer of examples/bench_retinanet.py --torch; nothing else imports it
-                  "torch": ["torch>=2.13", "torchvision>=0.28"]},
+                  "torch": ["torch==2.13.0", "torchvision==0.28.0"]},
 )
