@@ -48,19 +48,20 @@ def _run(function: Any, parts: list[Arguments]) -> None:
   for _ in parts[1:]: done.get()
 
 
-class ThreadedProgram(CPUProgram):
-  """A kernel whose parts, numbered by its argument `core_id`, run side by side."""
+def _arguments(program: CPUProgram, bufs: list[Any], vals: tuple[int | None, ...], count: int) -> list[Arguments]:
+  """Those of each of the `count` parts of a kernel, numbered by its argument `core_id`: addresses, then numbers."""
+  slot = program.runtimevars.get("core_id")
+  values = [*(buf.va_addr for buf in bufs), *vals]
+  return [[ctypes.c_uint64(part if i == slot else value) for i, value in enumerate(values)] for part in range(count)]
 
-  def arguments(self, bufs: list[Any], vals: tuple[int | None, ...], count: int) -> list[Arguments]:
-    """Those of each of `count` parts: addresses, then numbers."""
-    slot = self.runtimevars.get("core_id")
-    values = [*(buf.va_addr for buf in bufs), *vals]
-    return [[ctypes.c_uint64(part if i == slot else value) for i, value in enumerate(values)] for part in range(count)]
+
+class ThreadedProgram(CPUProgram):
+  """A kernel whose parts run side by side."""
 
   def __call__(self, *bufs: Any, global_size: tuple[int, int, int] = (1, 1, 1), vals: tuple[int | None, ...] = (), **options: Any) -> float | None:
     if self.lvp or global_size[0] == 1: return super().__call__(*bufs, global_size=global_size, vals=vals, **options)
     begun = time.perf_counter()
-    _run(self.fxn, self.arguments(bufs, vals, global_size[0]))
+    _run(self.fxn, _arguments(self, bufs, vals, global_size[0]))
     return time.perf_counter() - begun if options.get("wait") else None
 
 
@@ -74,7 +75,7 @@ class CPUGraph(GraphRunner):
     places: dict[int, list[ctypes.c_uint64]] = {}
     for (_, program, bufs, device_vars), runtime, replaced in zip(self.calls, self.runtimes, self.uop_replace):
       count = program.arg.launch_dims(device_vars)[0][0]
-      parts = runtime.arguments([bufs[i].get_buf(runtime.dev.device) for i in program.arg.globals], program.arg.vals(device_vars), count)
+      parts = _arguments(runtime, [bufs[i].get_buf(runtime.dev.device) for i in program.arg.globals], program.arg.vals(device_vars), count)
       self.kernels.append((runtime.fxn, parts))
       for position, number in replaced:
         if position in program.arg.globals:
