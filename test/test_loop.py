@@ -340,6 +340,16 @@ def test_a_signal_within_an_evaluation():
   assert fake.saved == [(5, 0, [])], "the evaluation is still to be done"
 
 
+def test_an_evaluation_that_fails_costs_no_step():
+  fake = Fake()
+  def after_epoch(epoch, done): raise UserError("no such picture")
+  with pytest.raises(UserError, match="no such picture"): fake.train(epochs=2, after_epoch=after_epoch)
+  assert [step for step, *_ in fake.saved] == [5]
+  ends = []
+  Fake().train(epochs=2, start=at(5, evaluated=fake.saved[0][1]), after_epoch=lambda epoch, done: bool(ends.append((epoch, done))))
+  assert ends == [(1, 5), (2, 10)], "the evaluation is made up for"
+
+
 def test_sigusr1_saves_and_goes_on():
   fake = Fake()
   def losses(step):

@@ -133,9 +133,9 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
   its weights, from where a resumed run repeats it; what asks for another one waits for it. `start` is the metadata of the checkpoint to go on from:
   the run is then the same, to the last bit, as one that was never interrupted.
   `checkpoints` are written when due, when `signals` ask for one or end the run, after each `after_epoch` that did something, and when data cannot be
-  loaded (UserError). A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in a row the run ends with a
-  UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors. `forecast(epochs done, images a second)` makes of
-  each logged speed more to log, and a line to print or none.
+  loaded (UserError), in training or in an evaluation. A step whose loss or gradient is not finite changes no weights; after `max_skipped` of them in
+  a row the run ends with a UserError that names the pictures and adds what `explain(*tensors)` says of the step's tensors. `forecast(epochs done,
+  images a second)` makes of each logged speed more to log, and a line to print or none.
   All `ranks` run it side by side; what one meets, a signal or data that cannot be loaded, ends or saves all after the same step."""
   start = start or {"step": 0, "evaluated": 0, "window": [], "skipped": 0}
   per_epoch, done, evaluated, window, skipped = len(loader), start["step"], start["evaluated"], list(start["window"]), start["skipped"]
@@ -169,8 +169,8 @@ def train(step: Callable, loader: Any, to_device: Callable[[Any], tuple[Tensor, 
       save()
       return True
     try: ends = after_epoch(epoch, done)
-    except Stopped:
-      save()
+    except (Stopped, UserError) as e:
+      if isinstance(e, Stopped) or ranks.size == 1: save()   # what one rank alone meets, the others do not save
       raise
     if hasattr(ends, "ready"): ends, pending = False, (epoch, ends)
     else: evaluated = epoch
