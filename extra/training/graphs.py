@@ -130,7 +130,7 @@ def _variables() -> list[str]:
 
 
 def _settings() -> list[tuple[str, str]]:
-  silent = {"DEBUG"}
+  silent = {"DEBUG", "DEV"}   # the device is in the key by what it comes to
   variables = {name: os.environ[name] for name in _variables() if name in os.environ}
   return sorted((k, str(v)) for k, v in (variables | {k: v.value for k, v in ContextVar._cache.items()}).items() if k not in silent)
 
