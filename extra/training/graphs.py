@@ -124,15 +124,19 @@ def _tinygrads_sources() -> list[Path]:
 
 
 @functools.cache
-def _variables() -> list[str]:
-  """The environment variables that tinygrad's compiler reads where it uses them."""
-  return sorted({name for file in _tinygrads_sources() for name in re.findall(r'getenv\("(\w+)"', file.read_text(encoding="utf-8"))})
+def _names() -> tuple[set[str], set[str]]:
+  """The environment variables that tinygrad reads, and its settings (`ContextVar`) that are always there: a device's are made when it is tried."""
+  sources = {file: file.read_text(encoding="utf-8") for file in _tinygrads_sources()}
+  return ({name for text in sources.values() for name in re.findall(r'getenv\("(\w+)"', text)},
+          {name for file, text in sources.items() if "runtime" not in file.parts for name in re.findall(r'ContextVar\("(\w+)"', text)})
 
 
 def _settings() -> list[tuple[str, str]]:
-  silent = {"DEBUG", "DEV"}   # the device is in the key by what it comes to
-  variables = {name: os.environ[name] for name in _variables() if name in os.environ}
-  return sorted((k, str(v)) for k, v in (variables | {k: v.value for k, v in ContextVar._cache.items()}).items() if k not in silent)
+  silent = {"DEBUG", "DEV", "CACHEDB"}   # the device is in the key by what it comes to
+  variables, settings = _names()
+  values = {name: os.environ[name] for name in variables & os.environ.keys()}
+  values |= {name: str(var.value) for name, var in ContextVar._cache.items() if name in settings}
+  return sorted((name, value) for name, value in values.items() if name not in silent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- the file
