@@ -11,10 +11,12 @@ if __name__ == "__main__":   # before tinygrad is imported, which reads these on
   os.environ |= {"XDG_CACHE_HOME": CACHES, "CACHEDB": f"{CACHES}/cache.db", "CUDA_CACHE_PATH": f"{CACHES}/cuda"}
 import functools, importlib.util, json, math, platform, re, resource, secrets, shlex, subprocess
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
@@ -315,8 +317,10 @@ def measure_reading(config: Config, folder: str | Path) -> dict[str, float]:
   dataset = Subset(open_dataset(folder, "train"), config.loader_images)
   loaders = [Loader(dataset, config.bs, compose(resize(height, width), horizontal_flip()), reduced=True, workers=workers) for workers in (0, 1)]
   files = [dataset.image_name(i) for i in range(len(dataset))]
-  rounds = [[*map(loading_rate, loaders), pillow_rate(files, config.bs, width, height)] for _ in range(1 + READING_ROUNDS)][1:]   # the first warms up
+  with ProcessPoolExecutor(1, get_context("spawn")) as pillow:   # a process of its own, for the loader sets up the memory of its processes
+    rounds = [[*map(loading_rate, loaders), pillow.submit(pillow_rate, files, config.bs, width, height).result()] for _ in range(1 + READING_ROUNDS)]
   for loader in loaders: loader.close()
+  rounds = rounds[1:]   # the first one warms up
   ratios = [[rate / row[-1] for rate in row[:-1]] for row in rounds]
   return dict(zip(READING, [*np.median(rounds, axis=0).tolist(), *np.median(ratios, axis=0).tolist()]))
 

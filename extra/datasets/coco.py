@@ -70,7 +70,7 @@ class Coco:
 
   def file_name(self, index: int) -> str: return self.names[slice(*self.name_offsets[index:index + 2])].tobytes().decode("utf-8", "surrogatepass")
 
-  def image_name(self, index: int) -> str: return str(self.folder / self.file_name(index))
+  def image_name(self, index: int) -> str: return os.path.join(self.folder, self.file_name(index))
 
   def __getitem__(self, index: int) -> Sample: return self._sample(index, None)
 

@@ -6,7 +6,7 @@ main program again, and with it tinygrad, and fail where the main program has no
 Pixels travel through one block of anonymous shared memory (`memfd`): it has no name, so nothing can be left behind in /dev/shm however the run ends,
 and it is not bounded by the size of /dev/shm, which is 64 MB in many containers.
 """
-import math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback, weakref
+import contextlib, ctypes, functools, math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback, weakref
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
@@ -16,10 +16,6 @@ from extra.datasets.buckets import Buckets
 from extra.datasets.sample import Batch, Sample
 from extra.datasets.transforms import Transform, first_size, pad_to
 from extra.errors import UserError
-
-
-# What a picture needed stays with a worker for the next one: else glibc gives it back, and a third of the time goes into the same pages again.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 28), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}   # bytes; the second at its most
 
 
 class Loader:
@@ -108,6 +104,7 @@ class Loader:
     batch.sizes[first:] = batch.original_sizes[first:] = batch.images.shape[1:3]
 
   def _epoch_in_process(self, epoch: int, batches: list[tuple[tuple[int, int], list[int]]]) -> Iterator[Batch]:
+    keep_memory()
     for canvas, indices in batches:
       batch = _arrays(np.empty(_batch_bytes(self, canvas), np.uint8), self, canvas)
       for row, index in enumerate(indices): self._fill_row(batch, row, epoch, index)
@@ -140,6 +137,15 @@ class Loader:
     return {**self.__dict__, "_pool": None}
 
 
+@functools.cache
+def keep_memory() -> None:
+  """Let this process keep the memory that a picture needed for the next one, up to 256 MB: by default glibc, where it is the C library, gives it back
+  to the system, and up to a third of the time that reading takes goes into getting the same pages again."""
+  with contextlib.suppress(OSError, TypeError, AttributeError):
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, size in ((-1, 1 << 28), (-3, 1 << 25)): mallopt(option, size)   # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD, at its most
+
+
 class _Pool:
   """The worker processes of a loader, and the ring of batch slots in shared memory that they fill."""
 
@@ -159,7 +165,7 @@ class _Pool:
     self.close = weakref.finalize(self, _end_workers, self.processes, self.connections)
     try:
       work = pickle.dumps(loader, protocol=pickle.HIGHEST_PROTOCOL)
-      environment = {**KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+      environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
       for worker in range(loader.workers):
         ours, theirs = Pipe()
         program = f"from extra.datasets.loader import serve; serve({theirs.fileno()}, {memory_file}, {slots}, {worker}, {os.getpid()})"
@@ -239,6 +245,7 @@ def _end_workers(processes: list[subprocess.Popen], connections: list[Connection
 def serve(connection_file: int, memory_file: int, slots: int, worker: int, parent: int) -> None:
   """The main function of worker number `worker`: fill rows of batch slots until the connection closes or the `parent` process is gone."""
   for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)   # sent to all of a job; the program ends its workers
+  keep_memory()
   connection = Connection(connection_file)
   loader: Loader | None = None
   failure: Exception | None = None

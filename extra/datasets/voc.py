@@ -53,7 +53,7 @@ class Voc:
 
   def __len__(self) -> int: return len(self.names)
 
-  def image_name(self, index: int) -> str: return str(self.folder / "JPEGImages" / self.file_names[index])
+  def image_name(self, index: int) -> str: return os.path.join(self.folder, "JPEGImages", self.file_names[index])
 
   def __getitem__(self, index: int) -> Sample: return self._sample(index, None)
 
@@ -64,7 +64,7 @@ class Voc:
   def _sample(self, index: int, resized: tuple[int, int] | None) -> Sample:
     mine, size = slice(*self.offsets[index:index + 2]), self.sizes[index]
     objects = ~self.difficult[mine]
-    image = read_image(self.image_name(index), size, f"<size> in {self.folder / 'Annotations' / self.names[index]}.xml", resized)
+    image = read_image(self.image_name(index), size, f"<size> in {os.path.join(self.folder, 'Annotations', self.names[index])}.xml", resized)
     boxes = self.boxes[mine][objects].astype(np.float32)
     if resized: boxes = resized_boxes(boxes, size, resized)
     return Sample(image, boxes, self.labels[mine][objects], index + 1, size, resized or size)

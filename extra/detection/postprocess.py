@@ -14,6 +14,7 @@ from extra.detection import boxes as box_ops
 
 CHUNK = 128              # keys counted together when compacting: longer chunks cost work in each, shorter ones cost work across them
 DIGIT_BITS = 4           # bits of the k-th key found by one pass over all keys
+CROWDED = 5              # classes of an anchor above the threshold, on average, from where the host looks for a level's best anchors first
 SUPPRESS_STEPS = 8       # NMS iterations between two looks at convergence from the host
 
 
@@ -48,7 +49,8 @@ def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_s
   if on_host is None: on_host = (device if isinstance(device, str) else device[0]).startswith("CPU")
   rejected = highest_rejected_logit(score_threshold)
   if on_host:
-    logits, deltas, anchors = cls_logits.float().numpy(), bbox_regression.float().numpy(), anchors.numpy()
+    outputs = [t.float().contiguous().realize() for t in (cls_logits, bbox_regression)]
+    (logits, deltas), anchors = map(_values, outputs), anchors.numpy()
     found = [_detect_on_host(l, d, anchors, level_sizes, s, rejected, topk, nms_threshold, max_detections) for l, d, s in zip(logits, deltas, sizes)]
     return _pad(*zip(*found), max_detections)
   candidates, suppress = _graphs(tuple(level_sizes), cls_logits.shape, cls_logits.dtype, bbox_regression.dtype, device, rejected, topk, nms_threshold,
@@ -107,15 +109,25 @@ def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndar
 
 # ---- host form
 
+def _values(tensor: Tensor) -> np.ndarray:
+  """The values of a realised f32 tensor on the CPU. They are the tensor's own memory, not to be used after it, unless it is sharded."""
+  if isinstance(tensor.device, tuple): return tensor.numpy()
+  return np.frombuffer(tensor.uop.buffer.as_memoryview(allow_zero_copy=True), np.float32).reshape(tensor.shape)
+
+
 def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, rejected: float, topk: int,
                     nms_threshold: float, max_detections: int) -> tuple[np.ndarray, ...]:
   """One image: boxes [n,4], logits [n], labels [n] and anchors [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
   num_classes, start, found = logits.shape[1], 0, []
   for n in level_sizes:
-    # a level's best k entries lie in the k rows with the best maxima
-    rows = start + _largest(logits[start:start + n].max(1), rejected, topk)
-    best = _largest(logits[rows].reshape(-1), rejected, topk)
-    found.append(rows[best // num_classes] * num_classes + best % num_classes)
+    level = logits[start:start + n].reshape(-1)
+    candidates = np.flatnonzero(level > rejected)
+    if len(candidates) > CROWDED * n:   # the best k entries lie in the k rows with the best maxima, which are sooner found than ranked
+      maxima = level.reshape(n, -1).max(1)
+      rows = _largest(maxima, np.flatnonzero(maxima > rejected), topk)
+      candidates = (rows[:, None] * num_classes + np.arange(num_classes)).reshape(-1)
+      candidates = candidates[level[candidates] > rejected]
+    found.append(start * num_classes + _largest(level, candidates, topk))
     start += n
   index = np.concatenate(found)
   index = index[np.argsort(-logits.reshape(-1)[index], kind="stable")]
@@ -125,14 +137,13 @@ def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray,
   return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep], anchor[keep]
 
 
-def _largest(x: np.ndarray, rejected: float, k: int) -> np.ndarray:
-  """Ascending positions of the `k` largest of `x` [n] above `rejected`, the earlier among equals."""
-  kept = np.flatnonzero(x > rejected)
-  if len(kept) <= k: return kept
-  values = x[kept]
+def _largest(x: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
+  """Of `candidates`, ascending positions in `x` [n], the `k` with the largest x, the earlier among equals; ascending."""
+  if len(candidates) <= k: return candidates
+  values = x[candidates]
   kth = np.partition(values, -k)[-k]
   better, equal = np.flatnonzero(values > kth), np.flatnonzero(values == kth)
-  return kept[np.sort(np.concatenate([better, equal[:k - len(better)]]))]
+  return candidates[np.sort(np.concatenate([better, equal[:k - len(better)]]))]
 
 
 def _decode_and_clip(deltas: np.ndarray, anchors: np.ndarray, size: np.ndarray) -> np.ndarray:
