@@ -81,6 +81,25 @@ def test_another_constant_shape_setting_or_held_tensor_is_another_graph(made):
   assert len(made) == 5
 
 
+def test_sharded_tensors(made):
+  devices = (Device.DEFAULT, f"{Device.DEFAULT}:1")
+  def once() -> tuple[list[float], np.ndarray]:
+    weight = Tensor(np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)).shard(devices).realize()
+    @jit
+    def step(x: Tensor) -> Tensor:
+      loss = ((x @ weight).tanh().contiguous() - 0.5).square().mean()
+      Tensor.realize(loss, weight.assign(weight - 0.1 * loss.gradient(weight)[0]))
+      return loss
+    inputs = [np.random.default_rng(10 + i).standard_normal((4, 8)).astype(np.float32) for i in range(3)]
+    return [step(Tensor(x).shard(devices, axis=0).realize()).item() for x in inputs], weight.numpy()
+  losses, weight = once()
+  again, same = once()
+  assert len(made) == 1 and again == losses and (same == weight).all()
+  alone, alone_weight, _, _ = trainer()
+  np.testing.assert_allclose(run(alone), losses, rtol=1e-5)
+  np.testing.assert_allclose(alone_weight.numpy(), weight, rtol=1e-5, atol=1e-6)
+
+
 def test_a_tensor_that_is_held_has_its_value(made):
   run(trainer()[0], 1)   # does not hold it
   step, weight, _, held = trainer(hold=True)
