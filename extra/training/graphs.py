@@ -14,7 +14,7 @@ from tinygrad import Context, Device, Tensor, TinyJit, tensor
 from tinygrad.dtype import DType
 from tinygrad.engine import jit as tinygrad_jit
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CACHELEVEL, JIT_BATCH_SIZE, ContextVar, dedup, getenv, to_tuple
+from tinygrad.helpers import CACHELEVEL, JIT_BATCH_SIZE, PCONTIG, ContextVar, dedup, getenv, to_tuple
 from tinygrad.schedule import memory
 from tinygrad.uop.ops import CallInfo, Ops, UOp
 from extra.cache import cache_folder
@@ -43,41 +43,49 @@ def jit(function: Callable) -> Callable:
       return workspaces[at]
     graph = TinyJit(function)
     graph.cnt = 1
-    # tinygrad's capture schedules as the function goes; here it notes what is to be scheduled, and asks for the whole at the end
-    with patch.object(tensor, "create_linear_with_vars", _note), patch.object(tinygrad_jit, "jit_lower", functools.partial(_lower, workspace)):
-      result = graph(*tensors)
+    fused: list[int] = []
+    # tinygrad's capture schedules as the function goes; here it notes what is to be scheduled, and how, and asks for the whole at the end
+    with patch.object(tensor, "create_linear_with_vars", functools.partial(_note, fused)), \
+         patch.object(tinygrad_jit, "jit_lower", functools.partial(_lower, workspace, fused)): result = graph(*tensors)
     graphs[shapes] = graph
     return result
   return call
 
 
-def _note(call: UOp) -> tuple[UOp, dict[str, int]]:
-  nothing = UOp(Ops.LINEAR, src=())
+def in_place() -> Context:
+  """Inside, a tensor that is assigned what is made of itself and others, element by element, is written where it lies. By default tinygrad makes a
+  copy first where more than three tensors take part, as they do in an optimiser's update: a kernel more, and its memory."""
+  return Context(PCONTIG=3)
+
+
+def _note(fused: list[int], call: UOp) -> tuple[UOp, dict[str, int]]:
   if not capturing: return _schedule(call)
+  fused.append(PCONTIG.value)
   capturing[0].add_linear(UOp(Ops.LINEAR, src=(call,)), {})
-  return nothing, {}
+  return UOp(Ops.LINEAR, src=()), {}
 
 
 _schedule, _tinygrads_lower = tensor.create_linear_with_vars, tinygrad_jit.jit_lower
 Workspace = Callable[[Any, int, DType], UOp]
 
 
-def _lower(workspace: Workspace, calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
-  """`jit_lower`: the kernels that `calls` (of one scheduled graph each) come to, compiled, from the cache or else by tinygrad."""
+def _lower(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
+  """`jit_lower`: the kernels that `calls` (of one graph to schedule each, with its PCONTIG) come to, compiled, from the cache or else by tinygrad."""
   buffers = dedup(buffer for call in calls.src for argument in call.src[1:] for buffer in argument.toposort() if buffer.op is Ops.BUFFER)
-  file = cache_folder("graphs")/f"{_key(calls, held, inputs, buffers).hex()}.graph" if CACHELEVEL >= 1 and not getenv("HCQ2") else None
+  file = cache_folder("graphs")/f"{_key(calls, fused, held, inputs, buffers).hex()}.graph" if CACHELEVEL >= 1 and not getenv("HCQ2") else None
   linear = _load(file, workspace, buffers) if file else None
   if linear is None:
-    linear = _make(workspace, calls, held, inputs)
+    linear = _make(workspace, fused, calls, held, inputs)
     if file: _save(file, linear, buffers)
   return tinygrad_jit.graph_split_rewrite(linear, max_batch_size=JIT_BATCH_SIZE.value) if tinygrad_jit.JIT < 2 else linear
 
 
-def _make(workspace: Workspace, calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
+def _make(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
   parts: list[UOp] = []
   capturing.append(SimpleNamespace(add_linear=lambda linear, var_vals: parts.extend(linear.src)))
   try:
-    for call in calls.src: _schedule(call)
+    for call, value in zip(calls.src, fused):
+      with Context(PCONTIG=value): _schedule(call)
   finally: capturing.clear()
   # tinygrad's planner of the memory asks for it here, and nowhere else
   with Context(JIT=2), patch.object(memory, "UOp", SimpleNamespace(new_buffer=workspace)):
@@ -87,7 +95,7 @@ def _make(workspace: Workspace, calls: UOp, held: set[UOp], inputs: list[UOp]) -
 # ---------------------------------------------------------------------------------------------------------------------------- the key
 
 
-def _key(calls: UOp, held: set[UOp], inputs: list[UOp], buffers: list[UOp]) -> bytes:
+def _key(calls: UOp, fused: list[int], held: set[UOp], inputs: list[UOp], buffers: list[UOp]) -> bytes:
   """A digest of all that the result of `_make` follows from, the same in every process."""
   places = {buffer: f"{'held' if buffer in held else 'free'} {i}" for i, buffer in enumerate(buffers)}
   places |= {buffer: f"{places.get(buffer)} input {i}" for i, buffer in enumerate(inputs)}
@@ -98,7 +106,7 @@ def _key(calls: UOp, held: set[UOp], inputs: list[UOp], buffers: list[UOp]) -> b
     else: what = (u.op, u.dtype, u.arg)
     digests[u] = hashlib.sha256(str(what).encode() + b"".join(digests[s] for s in u.src)).digest()
   devices = sorted({device for buffer in buffers for device in to_tuple(buffer.device)})
-  return hashlib.sha256(repr((FORMAT, digests[calls], _compiler(), [_device(device) for device in devices], _settings())).encode()).digest()
+  return hashlib.sha256(repr((FORMAT, digests[calls], fused, _compiler(), [_device(device) for device in devices], _settings())).encode()).digest()
 
 
 def _device(name: str) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ import numpy as np
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.helpers import to_tuple
 from extra.errors import UserError
-from extra.training.graphs import jit
+from extra.training.graphs import in_place, jit
 from extra.training.optim import Optimizer
 from extra.training.ranks import ALONE, WIRES, Exchange, Ranks
 from extra.training.resume import Checkpoints
@@ -56,7 +56,7 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
       # In two parts, as the time tinygrad takes to schedule a graph grows faster than its number of assignments.
       Tensor.realize(*scalars.values(), *gradients, *buffers)
       changed, logs = optimizer.update(gradients, scalars["loss"])
-      return finish("update", scalars | logs, changed)
+      with in_place(): return finish("update", scalars | logs, changed)
 
   @jit
   def add(*tensors: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
   @jit
   def apply() -> Tensor:
     changed, logs = optimizer.update(sums)
-    Tensor.realize(values := Tensor.stack(*(log.reshape(()) for log in logs.values())), *changed)
+    with in_place(): Tensor.realize(values := Tensor.stack(*(log.reshape(()) for log in logs.values())), *changed)
     Tensor.realize(*(total.assign(total.zeros_like()) for total in sums))
     names["apply"] = list(logs)
     return values
@@ -103,7 +103,7 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
     parts = exchange[0].tensors
     changed, logs = optimizer.update([part.cast(dtypes.float32) for part in parts[:len(params)]])
     means = [b.assign(part) for b, part in zip(moved, parts[len(params):])]
-    Tensor.realize(values := Tensor.stack(*(log.reshape(()) for log in logs.values())), *changed, *means)
+    with in_place(): Tensor.realize(values := Tensor.stack(*(log.reshape(()) for log in logs.values())), *changed, *means)
     names["update_all"] = list(logs)
     return values
 
