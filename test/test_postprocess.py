@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
-from extra.detection.postprocess import _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
+from extra.detection.postprocess import CROWDED, _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
 
 GOLDEN = Path(__file__).parent / "golden"
 # one shape for every test of the device form, as each shape compiles for seconds; levels longer than, as long as and shorter than topk
@@ -112,6 +112,19 @@ def test_forms_equal_on_dense_scores(seed, step, bias, spread):
   if step: logits = np.round(logits / step).astype(np.float32) * np.float32(step)
   deltas, anchors = np.zeros((2, ANCHORS, 4), np.float32), grid_anchors(seed % 7)
   for on_host in (True, False): assert_equals_oracle(run(logits, deltas, anchors, on_host), logits, deltas, anchors)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5, 4.0])
+def test_the_host_on_few_and_on_crowded_classes(step):
+  """Fewer and more entries above the threshold than `CROWDED` for each anchor of a level, with ties among and within the best anchors."""
+  rng, classes = np.random.default_rng(0), 12
+  for bias in (-5, 3):
+    logits = (rng.standard_normal((2, ANCHORS, classes)) + bias).astype(np.float32)
+    if step: logits = np.round(logits / step).astype(np.float32) * np.float32(step)
+    share = (logits > REJECTED_LOGIT).mean() * classes
+    assert share > CROWDED if bias > 0 else share < CROWDED
+    deltas, anchors = np.zeros((2, ANCHORS, 4), np.float32), grid_anchors(3)
+    assert_equals_oracle(run(logits, deltas, anchors, True), logits, deltas, anchors)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
