@@ -71,23 +71,21 @@ class CPUGraph(GraphRunner):
   def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
     super().__init__(linear, input_uops)
     self.kernels: list[tuple[Any, list[Arguments]]] = []
-    self.inputs: list[tuple[int, list[ctypes.c_uint64]]] = []   # their number, and the arguments that are their address
-    places: dict[int, list[ctypes.c_uint64]] = {}
+    self.inputs: dict[int, list[ctypes.c_uint64]] = {}   # number of an input -> the arguments that are its address
     for (_, program, bufs, device_vars), runtime, replaced in zip(self.calls, self.runtimes, self.uop_replace):
       count = program.arg.launch_dims(device_vars)[0][0]
       parts = _arguments(runtime, [bufs[i].get_buf(runtime.dev.device) for i in program.arg.globals], program.arg.vals(device_vars), count)
       self.kernels.append((runtime.fxn, parts))
       for position, number in replaced:
         if position in program.arg.globals:
-          places.setdefault(number, []).extend(arguments[program.arg.globals.index(position)] for arguments in parts)
-    self.inputs = list(places.items())
+          self.inputs.setdefault(number, []).extend(arguments[program.arg.globals.index(position)] for arguments in parts)
 
   @staticmethod
   def supports_uop(batch_devs: list[Any], new_call: UOp) -> bool:
     return GraphRunner.supports_uop(batch_devs, new_call) and set(new_call.src[0].arg.runtimevars) == {v.expr for v in new_call.src[0].arg.vars}
 
   def __call__(self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False) -> float | None:
-    for number, arguments in self.inputs:
+    for number, arguments in self.inputs.items():
       address = input_uops[number].buffer.ensure_allocated()._buf.va_addr
       for argument in arguments: argument.value = address
     for function, parts in self.kernels:

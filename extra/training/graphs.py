@@ -71,13 +71,19 @@ Workspace = Callable[[Any, int, DType], UOp]
 
 def _lower(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
   """`jit_lower`: the kernels that `calls` (of one graph to schedule each, with its PCONTIG) come to, compiled, from the cache or else by tinygrad."""
-  buffers = dedup(buffer for call in calls.src for argument in call.src[1:] for buffer in argument.toposort() if buffer.op is Ops.BUFFER)
+  buffers = _leaves(calls, Ops.BUFFER)
   file = cache_folder("graphs")/f"{_key(calls, fused, held, inputs, buffers).hex()}.graph" if CACHELEVEL >= 1 and not getenv("HCQ2") else None
   linear = _load(file, workspace, buffers) if file else None
   if linear is None:
     linear = _make(workspace, fused, calls, held, inputs)
     if file: _save(file, linear, buffers)
   return tinygrad_jit.graph_split_rewrite(linear, max_batch_size=JIT_BATCH_SIZE.value) if tinygrad_jit.JIT < 2 else linear
+
+
+def _leaves(calls: UOp, op: Ops) -> list[UOp]:
+  """What is `op` in the arguments of `calls`, in the order in which it comes."""
+  arguments = dedup(argument for call in calls.src for argument in call.src[1:])
+  return dedup(u for argument in arguments for u in argument.toposort() if u.op is op)
 
 
 def _make(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
@@ -117,24 +123,25 @@ def _device(name: str) -> tuple[str, str, str]:
 @functools.cache
 def _compiler() -> tuple[str, ...]:
   """This Python, processor and tinygrad: that of this version may have been changed by its owner."""
-  sources = hashlib.sha256()
-  for file in _tinygrads_sources(): sources.update(file.read_bytes())
+  sources = hashlib.sha256("".join(_tinygrads_sources().values()).encode())
   with contextlib.suppress(OSError):   # kernels for the CPU are compiled for this very one
     about = re.findall(r"^(?:flags|Features|model name)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     sources.update("".join(sorted(set(about))).encode())
   return sources.hexdigest(), platform.python_version(), platform.machine(), platform.processor(), os.environ.get("CC", "")
 
 
-def _tinygrads_sources() -> list[Path]:
+@functools.cache
+def _tinygrads_sources() -> dict[Path, str]:
   root = Path(tinygrad.__file__).parent
-  return sorted(file for part in ("", "codegen", "engine", "mixin", "renderer", "runtime", "schedule", "uop")
-                for file in (root.glob("*.py") if not part else (root/part).rglob("*.py")) if "autogen" not in file.parts)
+  files = sorted(file for part in ("", "codegen", "engine", "mixin", "renderer", "runtime", "schedule", "uop")
+                 for file in (root.glob("*.py") if not part else (root/part).rglob("*.py")) if "autogen" not in file.parts)
+  return {file: file.read_text(encoding="utf-8") for file in files}
 
 
 @functools.cache
 def _names() -> tuple[set[str], set[str]]:
   """The environment variables that tinygrad reads, and its settings (`ContextVar`) that are always there: a device's are made when it is tried."""
-  sources = {file: file.read_text(encoding="utf-8") for file in _tinygrads_sources()}
+  sources = _tinygrads_sources()
   return ({name for text in sources.values() for name in re.findall(r'getenv\("(\w+)"', text)},
           {name for file, text in sources.items() if "runtime" not in file.parts for name in re.findall(r'ContextVar\("(\w+)"', text)})
 
@@ -169,8 +176,7 @@ def _bare(program: UOp) -> UOp:
 
 def _save(file: Path, linear: UOp, buffers: list[UOp]) -> None:
   """Keep `linear` with numbers in place of its buffers: those that were given, then those that it works in. A full disk is not worth a word here."""
-  arguments = dedup(argument for call in linear.src for argument in call.src[1:])
-  own = [u for u in dedup(u for argument in arguments for u in argument.toposort() if u.op is Ops.BUFFER) if u not in buffers]
+  own = [u for u in _leaves(linear, Ops.BUFFER) if u not in buffers]
   places = {u: UOp.param(FIRST + i, u.dtype, u.shape, u.device) for i, u in enumerate([*buffers, *own])}
   bare = linear.replace(src=tuple(call.replace(src=(_bare(call.src[0]), *call.src[1:])) for call in linear.src))
   body = zlib.compress(pickle.dumps((_replace(bare, places), [(u.device, u.max_numel(), u.dtype) for u in own])), 1)
@@ -200,6 +206,5 @@ def _load(file: Path, workspace: Workspace, buffers: list[UOp]) -> UOp | None:
   if hashlib.sha256(content[32:]).digest() != content[:32]: return None
   linear, own = pickle.loads(zlib.decompress(content[32:]))
   all_buffers = [*buffers, *(workspace(*what) for what in own)]
-  arguments = dedup(argument for call in linear.src for argument in call.src[1:])
-  places = {u: all_buffers[u.arg.slot - FIRST] for argument in arguments for u in argument.toposort() if u.op is Ops.PARAM and u.arg.slot >= FIRST}
+  places = {u: all_buffers[u.arg.slot - FIRST] for u in _leaves(linear, Ops.PARAM) if u.arg.slot >= FIRST}
   return _replace(linear, places)
