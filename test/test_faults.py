@@ -44,12 +44,16 @@ class Run:
         env=environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | (environment or {}), stdin=subprocess.DEVNULL, stdout=log,
         stderr=subprocess.STDOUT, preexec_fn=limits)   # noqa: PLW1509
 
+  def wait(self, condition, pause=0.01):
+    """Wait until `condition()` holds, while the run goes on."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+      assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-2000:]
+      time.sleep(pause)
+
   def reach(self, step):
     """Wait until `step` steps are logged."""
-    until = time.monotonic() + PATIENCE
-    while not any(line["step"] >= step for line in self.lines()):
-      assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-2000:]
-      time.sleep(0.01)
+    self.wait(lambda: any(line["step"] >= step for line in self.lines()))
     return self
 
   def end(self):
@@ -135,11 +139,11 @@ def test_sigterm_to_all_of_a_job(calm, data, tmp_path):
 
 
 def test_usr1_and_a_second_signal(data, tmp_path):
-  run = Run(tmp_path, data, "--epochs", 300).reach(7)
-  run.process.send_signal(signal.SIGUSR1)
+  run = Run(tmp_path, data, "--epochs", 3000, "--eval-every", 3000).reach(7)   # no checkpoint is due
   step = run.lines()[-1]["step"]
-  run.reach(step + 2)
-  assert any(s >= step for s in run.saved())
+  run.process.send_signal(signal.SIGUSR1)
+  run.wait(lambda: any(s >= step for s in run.saved()))   # written by a thread
+  run.reach(run.lines()[-1]["step"] + 2)   # and the run goes on
   workers = run.children("loader")
   os.kill(run.process.pid, signal.SIGSTOP)   # both arrive before the next step ends
   for _ in range(2):
@@ -161,15 +165,10 @@ def test_kill_9(calm, data, tmp_path):
 
 def hold_score(run):
   """The process that scores for `run`, stopped when it has the detections and before it has the score; `run` has its checkpoint and goes on."""
-  def wait(condition, pause):
-    until = time.monotonic() + PATIENCE
-    while not condition():
-      assert run.process.poll() is None and time.monotonic() < until, run.log.read_text()[-2000:]
-      time.sleep(pause)
-  wait(lambda: run.children("extra.detection.scoring"), 0.05)   # it takes longer than that to import what it needs
+  run.wait(lambda: run.children("extra.detection.scoring"), 0.05)   # it takes longer than that to import what it needs
   scorer, = run.children("extra.detection.scoring")
   def serves(): return int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{scorer}/status").read_text())[1], 16) >> signal.SIGTERM - 1 & 1
-  wait(serves, 0.002)   # all is imported
+  run.wait(serves, 0.002)   # all is imported
   os.kill(scorer, signal.SIGSTOP)
   while True:
     until = time.monotonic() + 0.3
