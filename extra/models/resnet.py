@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from tinygrad import Tensor
 from extra.nn import init
 from extra.nn.layers import NORMS, Conv2d, Linear
+from extra.nn.pool import max_pool
 
 
 class BasicBlock:
@@ -56,7 +57,7 @@ class ResNet:
 
   def features(self, x: Tensor) -> list[Tensor]:
     """C2..C5: [B,channels[i],H/4,W/4] down to [B,channels[3],H/32,W/32], sides rounded up."""
-    x = self.bn1(self.conv1(x)).contiguous().relu().max_pool2d(3, 2, padding=1).contiguous()
+    x = max_pool(self.bn1(self.conv1(x)).contiguous().relu())
     return [x := x.sequential(getattr(self, f"layer{i}")) for i in range(1, 5)]
 
   def __call__(self, x: Tensor) -> Tensor: return self.fc(self.features(x)[-1].mean((2, 3)))

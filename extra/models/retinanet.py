@@ -29,7 +29,7 @@ class _Head:
     # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss.
     x = getattr(self, self.output)(x).contiguous()
     outputs = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.per_anchor) for x in canvas.unpack(x, sizes)]
-    return outputs[0].cat(*outputs[1:], dim=1).contiguous()
+    return outputs[0].cat(*outputs[1:], dim=1).contiguous().contiguous_backward()   # else the loss's gradient is, too
 
 
 class _Heads:

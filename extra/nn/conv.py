@@ -46,7 +46,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: i
   x = x.reshape(batch, groups, in_channels // groups, *x.shape[2:]).permute(2, 1, 0, 3, 4).reshape(-1, groups * batch, *x.shape[2:])
   g = grad.transpose(0, 1)                                                            # [Cout,B,OH,OW]: B is what a group's "input channels" are here
   out = x.conv2d(g, groups=groups, dilation=stride, padding=padding)                  # [Cin/groups,Cout,>=KH,>=KW]
-  return out.shrink((None, None, (0, kernel[0]), (0, kernel[1]))).transpose(0, 1)
+  return out.shrink((None, None, (0, kernel[0]), (0, kernel[1]))).transpose(0, 1).contiguous()   # as it is read more than once
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1,
@@ -57,8 +57,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
   `dtype`, by default that of `x`; the bias is added before rounding to it. Sides are cropped as torch crops them: what a stride does not reach gets
   gradient 0. Needs padding < kernel size."""
   if conv_cpu.fits(x, weight):
-    out = conv_cpu.conv2d(x.float(), weight.float(), stride, padding, groups)
-    return (out if bias is None else out + bias.reshape(1, -1, 1, 1)).cast(dtype or x.dtype)
+    return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups).cast(dtype or x.dtype)
   size = x.shape[2:]
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:

@@ -52,7 +52,7 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
   def update(*tensors: Tensor) -> Tensor:
     with Context(TRAINING=1):
       scalars = losses(*tensors)
-      gradients = [g.contiguous() for g in gradient(scalars["loss"])]
+      gradients = gradient(scalars["loss"])
       # In two parts, as the time tinygrad takes to schedule a graph grows faster than its number of assignments.
       Tensor.realize(*scalars.values(), *gradients, *buffers)
       changed, logs = optimizer.update(gradients, scalars["loss"])

@@ -29,14 +29,17 @@ def first_not_finite(model: Any, losses: Callable[..., dict[str, Tensor]], *tens
   calls = {kind: kind.__call__ for kind in LAYERS}
   for kind, call in calls.items(): kind.__call__ = watched(call)
   try:
-    with Context(TRAINING=1): scalars = losses(*tensors)
+    with Context(TRAINING=1): losses(*tensors)
   finally:
     for kind, call in calls.items(): kind.__call__ = call
   if found: return found[0]
+  learnt = {key: t for key, t in params.items() if t.is_param}
+  # Anew, and the gradient before anything is looked at: what tinygrad has realised has none.
+  with Context(TRAINING=1): scalars = losses(*tensors)
+  gradients = dict(zip(learnt, scalars["loss"].gradient(*learnt.values())))
   for name, value in scalars.items():
     if not _finite(value): return f"all layers are finite, the loss {name} is the first that is not"
-  learnt = {key: t for key, t in params.items() if t.is_param}
-  for key, gradient in reversed(list(zip(learnt, scalars["loss"].gradient(*learnt.values())))):   # from the loss on
+  for key, gradient in reversed(gradients.items()):   # from the loss on
     if not _finite(gradient): return f"all layers and losses are finite, the gradient of {key} is not"
   return "layers, losses and gradients are finite when computed again, one by one"
 
