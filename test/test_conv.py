@@ -1,6 +1,9 @@
 """The convolution with its own gradient: against float64 sums over taps, finite differences, and the gradient that tinygrad derives itself."""
+import platform
 import numpy as np, pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import Context, Device, Tensor, codegen, dtypes
+from tinygrad.engine import realize
+from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 from extra.nn.conv import conv2d
 from extra.training.graphs import jit
 
@@ -111,3 +114,21 @@ def test_convolutions_of_equal_shape_in_one_graph():
       g, gw, _ = backs[i](g)
       expected[i] = expected[i] - 0.01 * gw
     for w, e in zip(weights, expected): np.testing.assert_allclose(w.numpy(), e, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86 processors")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_processors_with_shorter_vectors(without, monkeypatch):
+  """The kernels choose vectors and tiles by what the processor has: here it has less."""
+  compiler = Device["CPU"].renderer.compiler
+  assert isinstance(compiler, ClangCompiler)
+  monkeypatch.setattr(compiler, "args", [*compiler.args, without])
+  monkeypatch.setattr(compiler, "cachekey", None)   # what is compiled so is not for others
+  for module in (codegen, realize): monkeypatch.setattr(module, "to_program_cache", {})
+  for case in (CASES[1], CASES[4], CASES[5], CASES[11]):
+    *_, stride, padding, groups = case
+    x, w, bias, r, out, back = draw(case)
+    tensors = [Tensor(a) for a in (x, w, bias)]
+    y = conv2d(*tensors, stride, padding, groups)
+    with Context(PARALLEL=0): Tensor.realize(*(found := [y, *(y * Tensor(r)).sum().gradient(*tensors)]))   # in this process
+    for a, expected in zip(found, [out, *back(r)]): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=2e-5)
