@@ -5,6 +5,7 @@ step. Here the whole captured graph is kept, under a key of everything that it w
 import contextlib, functools, hashlib, itertools, os, pickle, platform, re, secrets, zlib
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ from unittest.mock import patch
 import tinygrad
 from tinygrad import Context, Device, Tensor, TinyJit, tensor
 from tinygrad.dtype import DType
-from tinygrad.engine import jit as tinygrad_jit
+from tinygrad.engine import jit as tinygrad_jit, realize
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CACHELEVEL, JIT_BATCH_SIZE, PCONTIG, ContextVar, dedup, getenv, to_tuple
+from tinygrad.helpers import BEAM, CACHELEVEL, JIT_BATCH_SIZE, PCONTIG, ContextVar, dedup, getenv, to_tuple
 from tinygrad.schedule import memory
 from tinygrad.uop.ops import CallInfo, Ops, UOp
 from extra.cache import cache_folder
@@ -88,14 +89,28 @@ def _leaves(calls: UOp, op: Ops) -> list[UOp]:
 
 def _make(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
   parts: list[UOp] = []
+  compiling: dict[tuple, AsyncResult] = {}
   capturing.append(SimpleNamespace(add_linear=lambda linear, var_vals: parts.extend(linear.src)))
   try:
     for call, value in zip(calls.src, fused):
+      done = len(parts)
       with Context(PCONTIG=value): _schedule(call)
+      _start_compiling(parts[done:], compiling)
   finally: capturing.clear()
+  realize.to_program_cache.update({key: result.get()[1] for key, result in compiling.items()})
   # tinygrad's planner of the memory asks for it here, and nowhere else
   with Context(JIT=2), patch.object(memory, "UOp", SimpleNamespace(new_buffer=workspace)):
     return _tinygrads_lower(UOp(Ops.LINEAR, src=tuple(parts)), held, inputs)
+
+
+def _start_compiling(kernels: list[UOp], compiling: dict[tuple, AsyncResult]) -> None:
+  """Give `kernels` to tinygrad's compiling processes, which are idle while the next part of a graph is scheduled. Those that BEAM is to search first
+  are left to it."""
+  if BEAM or (pool := realize.get_worker_pool()) is None: return
+  settings = {var.key: var.value for var in realize.to_program_context}
+  for kernel in kernels:
+    if (task := realize._get_call_to_compile(kernel)) is None or (key := realize.to_program_key(*task)) in compiling: continue
+    if key not in realize.to_program_cache: compiling[key] = pool.apply_async(realize._compile_kernel, ((0, task, settings),))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- the key

@@ -53,8 +53,10 @@ def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, bu
     with Context(TRAINING=1):
       scalars = losses(*tensors)
       gradients = gradient(scalars["loss"])
-      # In two parts, as the time tinygrad takes to schedule a graph grows faster than its number of assignments.
-      Tensor.realize(*scalars.values(), *gradients, *buffers)
+      # In three parts: the time tinygrad takes to schedule a graph grows faster than its number of assignments, and kernels of one part are compiled
+      # while the next is scheduled.
+      Tensor.realize(*scalars.values())
+      Tensor.realize(*gradients, *buffers)
       changed, logs = optimizer.update(gradients, scalars["loss"])
       with in_place(): return finish("update", scalars | logs, changed)
 
