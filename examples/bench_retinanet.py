@@ -9,7 +9,7 @@ if __name__ == "__main__":   # before tinygrad is imported, which reads these on
   STARTED, CACHE = time.time(), tempfile.TemporaryDirectory(prefix="bench-")
   CACHES = os.environ.get("BENCH_CACHES", CACHE.name)   # a second run is given those of the first
   os.environ |= {"XDG_CACHE_HOME": CACHES, "CACHEDB": f"{CACHES}/cache.db", "CUDA_CACHE_PATH": f"{CACHES}/cuda"}
-import functools, importlib.util, json, math, platform, re, resource, secrets, shlex, subprocess
+import functools, gc, importlib.util, json, math, platform, re, resource, secrets, shlex, subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -243,9 +243,13 @@ def measure_step(config: Config) -> dict[str, float]:
 
   since_start, seconds = timed_steps(counted, 2 if config.plain else 1, config.steps, STARTED)
   kernels, gflop, median = GlobalCounters.kernel_count, GlobalCounters.global_ops / 1e9, float(np.median(seconds))
-  return {"first_step_s": since_start[0], "captured_step_s": since_start[-1], "step_median_s": median, "step_min_s": min(seconds),
-          "images_per_s": config.bs / median, "kernels": kernels, "gflop": gflop, "gflop_per_s": gflop / median,
-          "peak_device_mb": max(device_bytes) / 1e6, "peak_process_mb": peak_process_bytes() / 1e6}
+  numbers = {"first_step_s": since_start[0], "captured_step_s": since_start[-1], "step_median_s": median, "step_min_s": min(seconds),
+             "images_per_s": config.bs / median, "kernels": kernels, "gflop": gflop, "gflop_per_s": gflop / median,
+             "peak_device_mb": max(device_bytes) / 1e6, "peak_process_mb": peak_process_bytes() / 1e6}
+  del step, batch   # a second run beside this one would have to wait for memory of its own
+  gc.collect()
+  for gpu in gpus: Device[gpu].allocator.free_cache()
+  return numbers
 
 
 def timed_steps(step: Callable[[], float], first: int, steps: int, started: float) -> tuple[list[float], list[float]]:
