@@ -231,7 +231,14 @@ def import_torch() -> None:
 
 def measure_step(config: Config) -> dict[str, float]:
   """Numbers of one training step; `peak_device_mb` is what tinygrad holds after a step, when a captured step's buffers are all allocated."""
-  gpus = devices(config.gpus)
+  numbers = run_steps(config, gpus := devices(config.gpus))
+  gc.collect()   # a second run beside this one would have to wait for memory of its own
+  for gpu in gpus: Device[gpu].allocator.free_cache()
+  return numbers
+
+
+def run_steps(config: Config, gpus: tuple[str, ...]) -> dict[str, float]:
+  """`measure_step`, whose tensors go when it returns."""
   step = (plain_step if config.plain else our_step)(config, gpus)
   batch, device_bytes = [to_devices(array, gpus) for array in random_batch(config)], [0]
 
@@ -243,13 +250,9 @@ def measure_step(config: Config) -> dict[str, float]:
 
   since_start, seconds = timed_steps(counted, 2 if config.plain else 1, config.steps, STARTED)
   kernels, gflop, median = GlobalCounters.kernel_count, GlobalCounters.global_ops / 1e9, float(np.median(seconds))
-  numbers = {"first_step_s": since_start[0], "captured_step_s": since_start[-1], "step_median_s": median, "step_min_s": min(seconds),
-             "images_per_s": config.bs / median, "kernels": kernels, "gflop": gflop, "gflop_per_s": gflop / median,
-             "peak_device_mb": max(device_bytes) / 1e6, "peak_process_mb": peak_process_bytes() / 1e6}
-  del step, batch   # a second run beside this one would have to wait for memory of its own
-  gc.collect()
-  for gpu in gpus: Device[gpu].allocator.free_cache()
-  return numbers
+  return {"first_step_s": since_start[0], "captured_step_s": since_start[-1], "step_median_s": median, "step_min_s": min(seconds),
+          "images_per_s": config.bs / median, "kernels": kernels, "gflop": gflop, "gflop_per_s": gflop / median,
+          "peak_device_mb": max(device_bytes) / 1e6, "peak_process_mb": peak_process_bytes() / 1e6}
 
 
 def timed_steps(step: Callable[[], float], first: int, steps: int, started: float) -> tuple[list[float], list[float]]:
