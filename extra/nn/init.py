@@ -1,7 +1,6 @@
 """Weight initialisation, drawn with numpy: the same values on every device, and no kernel to compile for any of them."""
 import math, zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.dtype import _to_np_dtype
@@ -43,24 +42,14 @@ def normalization(key: str) -> Draw:
 def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed: int = 0) -> None:
   """Fill every tensor of `model`'s state dict with what `rule(key, shape)` draws, each from a generator of its own (seed, key): adding a layer leaves
   the others as they were."""
-  tensors = get_state_dict(model)
-  def draw(key: str) -> np.ndarray:
-    shape = tensors[key].shape
-    return rule(key, shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), shape).astype(_to_np_dtype(tensors[key].dtype))
-  with ThreadPoolExecutor() as pool: assign_all(zip(tensors.values(), pool.map(draw, tensors)))   # numpy draws and rounds beside Python
+  for key, tensor in get_state_dict(model).items():
+    values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
+    assign(tensor, values)
 
 
 def assign(tensor: Tensor, values: np.ndarray) -> None:
   """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
-  assign_all([(tensor, values)])
-
-
-def assign_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
-  """`assign` each pair, at once: one by one tinygrad takes longer than numpy to draw the values."""
-  tensors = []
-  for tensor, values in pairs:
-    values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(-1)
-    is_param = tensor.is_param
-    # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-    tensors.append(tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT).reshape(tensor.shape)).is_param_(is_param))
-  Tensor.realize(*tensors)
+  values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(-1)
+  is_param = tensor.is_param
+  # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
+  tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT).reshape(tensor.shape)).is_param_(is_param).realize()

@@ -5,7 +5,7 @@ from typing import Any, TextIO
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 from extra.errors import UserError
-from extra.nn.init import assign_all
+from extra.nn.init import assign
 from extra.training import checkpoint
 from extra.training.optim import Optimizer
 from extra.training.ranks import ALONE, Ranks
@@ -124,4 +124,4 @@ def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], na
     raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
-  assign_all((tensor, tensors[key]) for key, tensor in wanted.items())
+  for key, tensor in wanted.items(): assign(tensor, tensors[key])

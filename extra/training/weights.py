@@ -7,7 +7,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from extra.errors import UserError
 from extra.models import resnet, retinanet
-from extra.nn.init import assign_all
+from extra.nn.init import assign
 from extra.training import checkpoint, pretrained, torch_file
 
 SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
@@ -102,7 +102,8 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> list[str]:
     differences = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in lists if keys)
     raise UserError(f"{path}: {f'is a {kind} and ' if kind else ''}does not fit this network: {differences}")
   if logits: notes.append(f"{path.name}: knows other classes, {', '.join(logits)} start anew")
-  assign_all((tensor, tensors[key]) for key, tensor in wanted.items() if key in tensors and key not in logits)
+  for key, tensor in wanted.items():
+    if key in tensors and key not in logits: assign(tensor, tensors[key])
   return notes
 
 
