@@ -2,6 +2,7 @@
 from tinygrad import Tensor
 from extra.nn import init
 from extra.nn.layers import Conv2d
+from extra.nn.pool import upsample
 
 
 class _ExtraBlocks:
@@ -26,12 +27,6 @@ class FeaturePyramid:
     levels = [block[0](x).contiguous() for block, x in zip(self.layer_blocks, inner)]
     p6 = self.extra_blocks.p6(features[-1] if self.p6_from == "c5" else levels[-1]).contiguous()
     return [*levels, p6, self.extra_blocks.p7(p6.relu()).contiguous()]
-
-
-def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-  """Nearest neighbour from [B,C,h,w] to [B,C,H,W], h = ceil(H / 2) and w = ceil(W / 2): each pixel twice, the last cut where a side is odd."""
-  b, c, h, w = x.shape
-  return x.reshape(b, c, h, 1, w, 1).expand(b, c, h, 2, w, 2).reshape(b, c, h * 2, w * 2).shrink((None, None, (0, size[0]), (0, size[1])))
 
 
 def init_rule(key: str, shape: tuple[int, ...]) -> init.Draw:

@@ -26,10 +26,11 @@ class _Head:
       x = conv(x)
       if norm: x = canvas.pack([norm[0](level) for level in canvas.unpack(x, sizes)]).contiguous().relu()   # a level's statistics are its own
       else: x = x.contiguous().relu() * gaps.cast(x.dtype)
-    # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss.
+    # Contiguous before and after the concatenation: else the last convolution is computed anew for each level inside the loss, and on the way back
+    # the gradient of the loss for each level inside that convolution.
     x = getattr(self, self.output)(x).contiguous()
     outputs = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.per_anchor) for x in canvas.unpack(x, sizes)]
-    return outputs[0].cat(*outputs[1:], dim=1).contiguous().contiguous_backward()   # else the loss's gradient is, too
+    return outputs[0].cat(*outputs[1:], dim=1).contiguous().contiguous_backward()
 
 
 class _Heads:

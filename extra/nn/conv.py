@@ -9,11 +9,6 @@ from tinygrad.uop.ops import UOp
 from extra.nn import conv_cpu
 
 
-def _correlate(x: Tensor, weight: Tensor, stride: int, groups: int, pad: tuple[int, int, int, int]) -> Tensor:
-  """`Tensor.conv2d`: x [B,Cin,H,W] padded by (left, right, top, bottom), weight [Cout,Cin/groups,KH,KW] -> [B,Cout,OH,OW]."""
-  return x.conv2d(weight.contiguous(), groups=groups, stride=stride, padding=pad)
-
-
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
   """Gradient [B,Cin,H,W] of the input, given that of the output [B,Cout,OH,OW].
 
@@ -33,7 +28,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride:
   w = w.reshape(groups * per_group * phases[0] * phases[1], out_channels // groups, *taps)
   rows, columns = ((side + stride - 1) // stride for side in size)
   pad = (-low[1], columns + high[1] - grad.shape[3], -low[0], rows + high[0] - grad.shape[2])
-  out = _correlate(grad, w, 1, groups, pad)
+  out = grad.conv2d(w.contiguous(), groups=groups, padding=pad)
   if stride == 1: return out.contiguous()   # or what is behind the input would spoil the tile of the convolution
   out = out.reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
   out = out.pad(((0, 0),) * 3 + ((0, stride - phases[0]), (0, 0), (0, stride - phases[1]))).reshape(batch, -1, rows * stride, columns * stride)
@@ -66,5 +61,6 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     return (_input_gradient(g, weight, size, stride, padding, groups).uop,
             _weight_gradient(g, x, weight.shape[2:], stride, padding, groups).uop)
 
-  out = function(lambda x, weight: _correlate(x, weight, stride, groups, (padding,) * 4), grad_fxn=gradient)(x, weight)
+  def forward(x: Tensor, weight: Tensor) -> Tensor: return x.conv2d(weight.contiguous(), groups=groups, stride=stride, padding=padding)
+  out = function(forward, grad_fxn=gradient)(x, weight)
   return (out if bias is None else out + bias.reshape(1, -1, 1, 1)).cast(dtype or x.dtype)

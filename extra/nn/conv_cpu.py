@@ -7,9 +7,10 @@ ready in a third of the time, since what takes tinygrad longest in a convolution
 A picture lies in memory as one row of numbers. Where its rows are all padded to one pitch, the pixel that is so many rows and columns away is the
 same step ahead for each, so a tap of the kernel is a constant step, and all columns of a picture together are one long axis. What comes out where a
 window reaches over the end of a row is left out; in gradients it meets zeros."""
-import dataclasses, functools, math
+import functools, math
 from collections.abc import Callable
 from tinygrad import Device, Tensor, dtypes
+from tinygrad.dtype import AddrSpace
 from tinygrad.function import function
 from tinygrad.helpers import NUM_CPU_THREADS
 from tinygrad.renderer import Estimates, Renderer
@@ -140,14 +141,12 @@ def _kernel(name: str, code: str, size: int, products: int, taps: Taps, tensors:
   source += f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n{HEAD}{code}"
 
   def program(*arguments: UOp) -> UOp:
-    parameters = tuple(next(u for u in argument.toposort() if u.op is Ops.PARAM) for argument in arguments)
-    core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
-    core = core.replace(arg=dataclasses.replace(core.arg, slot=len(arguments)))
+    core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
     moved = 4 * (size + sum(t.numel() for t in tensors))
     sink = UOp.sink(arg=KernelInfo(name=name, estimates=Estimates(2 * products, moved, moved)))
     numbers = tuple(range(len(arguments)))
     info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:1], numbers[1:], _renderer().target)
-    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*parameters, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
+    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*arguments, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
 
   return Tensor.invalids(size, dtype=dtypes.float32, device="CPU").custom_kernel(*tensors, fxn=program)[0]
 
@@ -171,9 +170,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
   products = batch * out_channels * math.prod(out_size) * per_group * len(places)
   x_taps = [[(((p % stride * phases[1] + q % stride) * rows + p // stride) * pitch + q // stride, w) for p, q, w in places]]
-  long_axis = {"COUNT": (out_size[0] - 1) * pitch + out_size[1]}
   common = {"BATCH": batch, "GROUPS": groups, "TAPS": len(places), "PITCH": pitch}
-  one_way = common | long_axis | {"IN": per_group, "OUT": out_channels // groups, "X_PLANE": math.prod(phases) * rows * pitch}
+  one_way = common | {"COUNT": (out_size[0] - 1) * pitch + out_size[1], "IN": per_group, "OUT": out_channels // groups,
+                      "X_PLANE": math.prod(phases) * rows * pitch}
 
   def forward(*tensors: Tensor) -> Tensor:
     code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + CORRELATE

@@ -1,4 +1,4 @@
-"""Max pooling that carries its own gradient."""
+"""Pictures at half and at twice the size: max pooling that carries its own gradient, and the nearest neighbour."""
 import math
 from tinygrad import Tensor
 from tinygrad.function import function
@@ -23,8 +23,7 @@ def max_pool(x: Tensor) -> Tensor:
     def each_pixel(windows: Tensor, down: int, right: int) -> Tensor:
       """[B,C,H,W]: of the window at half a pixel's coordinates, or of the next one; 0 where there is none."""
       windows = windows.shrink((None, None, (down, rows), (right, columns))).pad(((0, 0), (0, 0), (0, down), (0, right)))
-      windows = windows.reshape(*windows.shape[:2], rows, 1, columns, 1).expand(-1, -1, rows, 2, columns, 2)
-      return windows.reshape(*windows.shape[:2], 2 * rows, 2 * columns).shrink((None, None, (0, height), (0, width)))
+      return upsample(windows, (height, width))
 
     odd_row, odd_column = (Tensor.arange(side).reshape(shape) % 2 == 1 for side, shape in ((height, (-1, 1)), (width, (1, -1))))
     parts = []
@@ -37,3 +36,9 @@ def max_pool(x: Tensor) -> Tensor:
 
   out = function(forward, grad_fxn=gradient)(x).contiguous()
   return out
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+  """Nearest neighbour from [B,C,h,w] to [B,C,H,W], h = ceil(H / 2) and w = ceil(W / 2): each pixel twice, the last cut where a side is odd."""
+  b, c, h, w = x.shape
+  return x.reshape(b, c, h, 1, w, 1).expand(b, c, h, 2, w, 2).reshape(b, c, h * 2, w * 2).shrink((None, None, (0, size[0]), (0, size[1])))
