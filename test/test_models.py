@@ -8,9 +8,9 @@ from extra.detection.anchors import anchors
 from extra.detection.losses import detection_losses
 from extra.detection.matcher import match
 from extra.models import resnet, retinanet
-from extra.nn.pool import upsample
 from extra.models.preprocess import normalize
 from extra.nn import init
+from extra.nn.pool import upsample
 from extra.training import checkpoint, torch_file
 from extra.training.weights import load_weights
 
