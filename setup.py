@@ -1,5 +1,5 @@
 from pathlib import Path
-from setuptools import find_packages, setup
+from setuptools import setup
 
 DISTRIBUTED = ["mpi4py>=4.1; sys_platform != 'win32'", "mpich>=4.3; sys_platform != 'win32'"]
 MLPERF = ["mlperf-logging>=4.1.68"]
@@ -12,11 +12,15 @@ setup(
   long_description=(Path(__file__).parent/"README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="MIT",
-  packages=find_packages(include=["extra", "extra.*"]),
-  package_data={"extra.models": ["*.safetensors"], "extra.training": ["*.jinja"]},
+  # The folder is called as tinygrad's own, extra/; the package is not, or the two would hide each other.
+  packages=["tinydet", *(f"tinydet.{folder.parent.name}" for folder in sorted((Path(__file__).parent/"extra").glob("*/__init__.py"))),
+            "tinydet.programs"],
+  package_dir={"tinydet": "extra", "tinydet.programs": "examples"},
+  package_data={"tinydet.models": ["*.safetensors"], "tinydet.reporting": ["*.jinja"]},
+  entry_points={"console_scripts": ["tinydet = tinydet.commands:main"]},
   python_requires=">=3.11",
-  # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/__init__.py
-  install_requires=["tinygrad>=0.14.0", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
+  # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/runtime/device.py
+  install_requires=["tinygrad>=0.14,<0.15", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
                     "requests>=2.32", "urllib3>=2",   # many small files at once; wandb brings them anyway, 2 tells when one broke off
                     "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],
@@ -28,7 +32,7 @@ setup(
                   "mlperf": MLPERF,   # --mlperf-log
                   # runs examples/retinanet.ipynb; any editor or Jupyter shows it
                   "notebook": NOTEBOOK,
-                  "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "av>=15.1", *MLPERF, *NOTEBOOK, *DISTRIBUTED],
+                  "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.5", "av>=15.1", *MLPERF, *NOTEBOOK, *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py and the peer of examples/bench_retinanet.py --torch; nothing else imports it
                   "torch": ["torch==2.13.0", "torchvision==0.28.0"]},
 )

@@ -5,10 +5,10 @@ Each row is measured by `bench_retinanet.py` in a process of its own, from cold 
 import json, os, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from extra.errors import UserError, exit_on_user_error
-from extra.models import resnet
-from extra.nn.layers import NORMS
-from extra.training.config import option, parse
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.models import resnet
+from tinydet.nn.layers import NORMS
+from tinydet.config import option, parse
 
 BASE = {"size": 128, "bs": 2, "classes": 10, "boxes": 10}
 SWEEPS = {"size": (128, 192, 256, 320), "bs": (1, 2, 4, 8), "classes": (10, 91, 264, 1000), "boxes": (1, 10, 100, 1000)}

@@ -21,29 +21,29 @@ from pathlib import Path
 from unittest.mock import patch
 import numpy as np
 from PIL import Image
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import as_dict, describe, option, parse, show_size, size
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import as_dict, describe, option, parse, show_size, size
 from tinygrad import Context, Device, GlobalCounters, Tensor, TinyJit
 from tinygrad.nn import optim as tinygrad_optim
 from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
-from extra.datasets import open_dataset
-from extra.datasets.loader import Loader
-from extra.datasets.shapes import Shapes
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, horizontal_flip, resize
-from extra.detection import losses as detection_losses
-from extra.detection.anchors import anchors, level_sizes
-from extra.detection.matcher import match
-from extra.detection.postprocess import detect
-from extra.models import resnet, retinanet
-from extra.models.preprocess import MEAN, STD, normalize
-from extra.nn import init, layers
-from extra.training import optim
-from extra.training.loop import make_step
-from extra.training.parallel import devices, replicate, to_devices
-from extra.training.precision import DTYPES
+from tinydet.datasets import open_dataset
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import compose, horizontal_flip, resize
+from tinydet.detection import losses as detection_losses
+from tinydet.detection.anchors import anchors, level_sizes
+from tinydet.detection.matcher import match
+from tinydet.detection.postprocess import detect
+from tinydet.models import resnet, retinanet
+from tinydet.models.preprocess import MEAN, STD, normalize
+from tinydet.nn import init, layers
+from tinydet.training import optim
+from tinydet.training.loop import make_step
+from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.runtime.precision import DTYPES
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 READING_ROUNDS = 7           # of ours and of PIL alone, in turns
@@ -113,7 +113,7 @@ def detector_name(config: Config) -> str: return f"retinanet_{config.backbone}_f
 def plain_step(config: Config, gpus: tuple[str, ...]) -> Callable[..., float]:
   """The same step with tinygrad's own random numbers, convolution, gradients, optimiser and jit. Its second call captures."""
   width, height = config.size
-  if Device.DEFAULT == "CPU": Device["CPU"].runtime_t, Device["CPU"].graph = CPUProgram, None   # not `extra.training.cores`
+  if Device.DEFAULT == "CPU": Device["CPU"].runtime_t, Device["CPU"].graph = CPUProgram, None   # not `tinydet.runtime.cpu`
   with patch.object(init, "initialize", plain_initialize): model = retinanet.build(detector_name(config), config.classes, config.norm)
   level_anchors = Tensor(anchors(height, width))
   replicate([*get_state_dict(model).values(), level_anchors], gpus)

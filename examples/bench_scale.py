@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from extra.datasets.coco import Coco
-from extra.datasets.loader import Loader
-from extra.datasets.transforms import resize
-from extra.detection.analysis import analyse
-from extra.detection.coco_metric import CocoMetric
-from extra.errors import exit_on_user_error
-from extra.training.config import option, parse
+from tinydet.datasets.coco import Coco
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.transforms import resize
+from tinydet.scoring.analysis import analyse
+from tinydet.scoring.coco_metric import CocoMetric
+from tinydet.errors import exit_on_user_error
+from tinydet.config import option, parse
 
 SIDES = (768, 1024)   # height and width of every picture
 LINKS = 30_000        # to one file: fewer than any common file system allows

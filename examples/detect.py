@@ -15,21 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse, show_size, size as parse_size, split_words
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image
-from extra.datasets import open_dataset
-from extra.datasets.download import local_folder
-from extra.datasets.files import expand
-from extra.datasets.subset import Subset
-from extra.datasets.video import Video, VideoWriter, pixels, require_av
-from extra.detector import Detector, Found, detector, read_picture
-from extra.training import checkpoint
-from extra.training.pictures import draw_boxes
-from extra.training.precision import DTYPES
-from extra.training.tracking import duration
+from tinydet.datasets import open_dataset
+from tinydet.datasets.download import local_folder
+from tinydet.datasets.files import expand
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.video import Video, VideoWriter, pixels, require_av
+from tinydet.predict import Detector, Found, detector, read_picture
+from tinydet.weights import checkpoint
+from tinydet.reporting.pictures import draw_boxes
+from tinydet.runtime.precision import DTYPES
+from tinydet.reporting.tracking import duration
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 

@@ -7,27 +7,27 @@
 Pictures are prepared as the weights were trained; --size and --max-size say otherwise."""
 import json, math, os, sys, time
 from dataclasses import dataclass
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse, show_input, show_size, size
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import option, parse, show_input, show_size, size
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.datasets import open_dataset
-from extra.datasets.download import local_folder
-from extra.datasets.buckets import choose_buckets
-from extra.datasets.loader import Loader
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import for_network
-from extra.detection.anchors import anchors
-from extra.detection.coco_metric import CocoMetric, read_results
-from extra.detection.evaluation import evaluate
-from extra.models.preprocess import normalize
-from extra.training import checkpoint
-from extra.training.graphs import jit
-from extra.training.parallel import devices, replicate, to_devices
-from extra.training.precision import DTYPES
-from extra.training.tracking import duration
-from extra.training.weights import open_detector
+from tinydet.datasets import open_dataset
+from tinydet.datasets.download import local_folder
+from tinydet.datasets.buckets import choose_buckets
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import for_network
+from tinydet.detection.anchors import anchors
+from tinydet.scoring.coco_metric import CocoMetric, read_results
+from tinydet.scoring.evaluation import evaluate
+from tinydet.models.preprocess import normalize
+from tinydet.weights import checkpoint
+from tinydet.runtime.graphs import jit
+from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.runtime.precision import DTYPES
+from tinydet.reporting.tracking import duration
+from tinydet.weights.weights import open_detector
 
 
 @dataclass

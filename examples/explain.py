@@ -13,26 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse, show_size, size as parse_size, split_words
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.datasets import open_dataset
-from extra.datasets.download import local_folder
-from extra.datasets.files import expand
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import MEAN_GREY
-from extra.detection import explain, postprocess
-from extra.detection.anchors import LEVELS, anchors, level_sizes
-from extra.detector import Detector, read_picture
-from extra.models import retinanet
-from extra.models.preprocess import normalize
-from extra.training import checkpoint
-from extra.training.graphs import jit
-from extra.training.pictures import draw_boxes, draw_heat
+from tinydet.datasets import open_dataset
+from tinydet.datasets.download import local_folder
+from tinydet.datasets.files import expand
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import MEAN_GREY
+from tinydet.detection import explain, postprocess
+from tinydet.detection.anchors import LEVELS, anchors, level_sizes
+from tinydet.predict import Detector, read_picture
+from tinydet.models import retinanet
+from tinydet.models.preprocess import normalize
+from tinydet.weights import checkpoint
+from tinydet.runtime.graphs import jit
+from tinydet.reporting.pictures import draw_boxes, draw_heat
 
 RANDOM_MAPS = 4       # that a map is compared with: one alone may be lucky
 BLUR = 1 / 16         # deviation of the Gaussian that insertion starts from, of the picture's longer side

@@ -9,12 +9,12 @@ In torch, for the network that this program names (K classes):
 import os, sys
 from dataclasses import dataclass
 from pathlib import Path
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import option, parse
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import option, parse
 import numpy as np
-from extra.models import resnet, retinanet
-from extra.training import checkpoint, torch_file
-from extra.training.weights import open_weights
+from tinydet.models import resnet, retinanet
+from tinydet.weights import checkpoint, torch_file
+from tinydet.weights.weights import open_weights
 
 WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
            ".safetensors": checkpoint.save}

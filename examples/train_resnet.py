@@ -6,32 +6,32 @@ tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
 import contextlib, os, shlex, sys, time
 from dataclasses import dataclass
 from functools import partial
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import as_dict, describe, option, parse, recall
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import as_dict, describe, option, parse, recall
 import numpy as np
 from tinygrad import Context, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from extra.datasets import open_classes
-from extra.datasets.loader import Loader
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import center_crop_resize, compose, horizontal_flip, photometric_jitter, random_resized_crop
-from extra.models import resnet
-from extra.models.preprocess import normalize
-from extra.nn.layers import NORMS
-from extra.training import panels, report
-from extra.training.find_lr import find_lr
-from extra.training.graphs import jit
-from extra.training.loop import make_step, train
-from extra.training.numerics import first_not_finite
-from extra.training.parallel import devices, replicate, take_devices, to_devices
-from extra.training.precision import DTYPES
-from extra.training.ranks import Ranks, join
-from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
-from extra.training.signals import Signals
-from extra.training.tracking import Tracker, Untracked, duration
-from extra.training.trainer import TrainerConfig, check_batch_size, make_optimizer
-from extra.training.weights import load_weights
+from tinydet.datasets import open_classes
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import center_crop_resize, compose, horizontal_flip, photometric_jitter, random_resized_crop
+from tinydet.models import resnet
+from tinydet.models.preprocess import normalize
+from tinydet.nn.layers import NORMS
+from tinydet.reporting import panels, report
+from tinydet.training.find_lr import find_lr
+from tinydet.runtime.graphs import jit
+from tinydet.training.loop import make_step, train
+from tinydet.training.numerics import first_not_finite
+from tinydet.runtime.devices import devices, replicate, take_devices, to_devices
+from tinydet.runtime.precision import DTYPES
+from tinydet.runtime.mpi import Ranks, join
+from tinydet.training.resume import Checkpoints, find_run, open_run, restore, run_name
+from tinydet.runtime.signals import Signals
+from tinydet.reporting.tracking import Tracker, Untracked, duration
+from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer
+from tinydet.weights.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 

@@ -7,42 +7,43 @@ import contextlib, os, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.training.config import as_dict, describe, option, parse, recall, show_input, show_size, size
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.config import as_dict, describe, option, parse, recall, show_input, show_size, size
 import numpy as np
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.datasets import open_dataset
-from extra.datasets.download import local_folder
-from extra.datasets.buckets import choose_buckets, one_bucket
-from extra.datasets.loader import Loader
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, photometric_jitter, scale_jitter
-from extra.detection.anchors import anchors
-from extra.detection.coco_metric import CocoMetric, CocoResult
-from extra.detection.evaluation import evaluate
-from extra.detection.losses import BOX_LOSSES, detection_losses
-from extra.detection.matcher import match
-from extra.detection.scoring import Pending, score
-from extra.models import resnet, retinanet
-from extra.models.preprocess import normalize
-from extra.nn.layers import NORMS
-from extra.training import panels, report
-from extra.training.find_lr import find_lr
-from extra.training.graphs import jit
-from extra.training.loop import make_step, train
-from extra.training.mlperf import MLPerfLog
-from extra.training.numerics import first_not_finite
-from extra.training.parallel import devices, replicate, take_devices, to_devices
-from extra.training.precision import DTYPES
-from extra.training.published import PUBLISHED, Forecast
-from extra.training.ranks import Ranks, join
-from extra.training.resume import Checkpoints, find_run, open_run, restore, run_name
-from extra.training.signals import Signals
-from extra.training.tracking import Tracker, Untracked, duration
-from extra.training.trainer import TrainerConfig, check_batch_size, make_optimizer
-from extra.training.weights import load_weights
+from tinydet.datasets import open_dataset
+from tinydet.datasets.download import local_folder
+from tinydet.datasets.buckets import choose_buckets, one_bucket
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, photometric_jitter, scale_jitter
+from tinydet.detection.anchors import anchors
+from tinydet.scoring.coco_metric import CocoMetric, CocoResult
+from tinydet.scoring.evaluation import evaluate
+from tinydet.detection.losses import BOX_LOSSES, detection_losses
+from tinydet.detection.matcher import match
+from tinydet.scoring.background import Pending, score
+from tinydet.models import resnet, retinanet
+from tinydet.models.preprocess import normalize
+from tinydet.nn.layers import NORMS
+from tinydet.reporting import panels, report
+from tinydet.training.find_lr import find_lr
+from tinydet.runtime.graphs import jit
+from tinydet.training.loop import make_step, train
+from tinydet.reporting.mlperf import MLPerfLog
+from tinydet.training.optim import WARMUP_FACTOR
+from tinydet.training.numerics import first_not_finite
+from tinydet.runtime.devices import devices, replicate, take_devices, to_devices
+from tinydet.runtime.precision import DTYPES
+from tinydet.reporting.forecast import PUBLISHED, Forecast
+from tinydet.runtime.mpi import Ranks, join
+from tinydet.training.resume import Checkpoints, find_run, open_run, restore, run_name
+from tinydet.runtime.signals import Signals
+from tinydet.reporting.tracking import Tracker, Untracked, duration
+from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer
+from tinydet.weights.weights import load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------------- configuration
 
@@ -114,7 +115,7 @@ def main(config: Config, ranks: Ranks) -> None:
   gpus = devices(config.gpus)
   if config.find_lr and (config.resume or ranks.size > 1): raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
   check_batch_size(config, ranks)
-  mlperf = MLPerfLog(config, Config(**PRESETS["mlperf"]), config.mlperf_log and ranks.rank == 0)
+  mlperf = MLPerfLog(config, Config(**PRESETS["mlperf"]), WARMUP_FACTOR, config.mlperf_log and ranks.rank == 0)
   folder, lock, state, resumed = None, None, {}, None
   if ranks.rank == 0: folder, lock, state, resumed = open_run(config.resume, config.out, run_name(config.run_name, config.data, config.backbone))
   resumed = ranks.broadcast(resumed)

@@ -9,8 +9,8 @@ from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import (HTTPDefaultErrorHandler, HTTPErrorProcessor, HTTPHandler, HTTPRedirectHandler, HTTPSHandler, OpenerDirector, ProxyHandler,
                             Request, url2pathname)
-from extra.cache import cache_folder   # noqa: F401, beside fetch, which it is for
-from extra.errors import UserError
+from tinydet.cache import cache_folder   # noqa: F401, beside fetch, which it is for
+from tinydet.errors import UserError
 try: import fcntl
 except ImportError: fcntl = None   # Windows: two processes at one file are not kept apart there; no more than a failed download comes of it
 

@@ -7,7 +7,7 @@ be deterministic: a processor is."""
 import argparse, contextlib, json, os, random, signal, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from pathlib import Path
-from extra.training import checkpoint
+from tinydet.weights import checkpoint
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("--data shapes:1 --weights none --norm batch --size 64 --train-images 64 --bs 8 --epochs 4 --workers 1 --ema 0.9 --log-every 3 --pictures 1 "

@@ -8,8 +8,8 @@ import time
 import numpy as np
 from tinygrad import dtypes
 from tinygrad.nn.state import get_state_dict
-from extra.models import retinanet
-from extra.training.ranks import Exchange, join
+from tinydet.models import retinanet
+from tinydet.runtime.mpi import Exchange, join
 
 TRIES = 7
 

@@ -7,20 +7,20 @@ import json, os, signal, sys, time
 from pathlib import Path
 import numpy as np
 from tinygrad.nn.state import get_state_dict
-from extra.datasets.loader import Loader
-from extra.datasets.sample import Sample
-from extra import require_device
-from extra.errors import UserError, exit_on_user_error
-from extra.models.preprocess import normalize
-from extra.nn import init
-from extra.nn.layers import NORMS, Conv2d, Linear
-from extra.training.loop import make_step, train
-from extra.training.optim import Optimizer, schedule
-from extra.training.parallel import devices, replicate, to_devices
-from extra.training.ranks import ALONE, Ranks, join
-from extra.training.resume import Checkpoints, open_run, restore
-from extra.training.signals import Signals
-from extra.training.tracking import Tracker, Untracked
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.sample import Sample
+from tinydet.runtime.device import require_device
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.models.preprocess import normalize
+from tinydet.nn import init
+from tinydet.nn.layers import NORMS, Conv2d, Linear
+from tinydet.training.loop import make_step, train
+from tinydet.training.optim import Optimizer, schedule
+from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.runtime.mpi import ALONE, Ranks, join
+from tinydet.training.resume import Checkpoints, open_run, restore
+from tinydet.runtime.signals import Signals
+from tinydet.reporting.tracking import Tracker, Untracked
 
 PICTURES, BATCH, SIDE = 32, 8, 8
 

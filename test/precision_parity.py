@@ -5,21 +5,21 @@
 prints the losses' largest and mean distance from float32's, relative to them. Not collected by pytest; `test_precision.py` runs ten steps of it."""
 import argparse, itertools, json, sys, time
 import numpy as np
-from extra import require_device
+from tinydet.runtime.device import require_device
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.datasets import open_dataset
-from extra.datasets.loader import Loader
-from extra.datasets.transforms import compose, resize
-from extra.detection.anchors import anchors
-from extra.detection.losses import detection_losses
-from extra.detection.matcher import match
-from extra.models import retinanet
-from extra.models.preprocess import normalize
-from extra.training.loop import make_step
-from extra.training.optim import Optimizer, schedule
-from extra.training.precision import DTYPES
-from extra.training.weights import load_weights
+from tinydet.datasets import open_dataset
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.transforms import compose, resize
+from tinydet.detection.anchors import anchors
+from tinydet.detection.losses import detection_losses
+from tinydet.detection.matcher import match
+from tinydet.models import retinanet
+from tinydet.models.preprocess import normalize
+from tinydet.training.loop import make_step
+from tinydet.training.optim import Optimizer, schedule
+from tinydet.runtime.precision import DTYPES
+from tinydet.weights.weights import load_weights
 
 SIDE, BATCH, PICTURES, LR = 64, 4, 200, 1e-4
 

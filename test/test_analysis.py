@@ -1,7 +1,7 @@
 import json
 import numpy as np, pytest
-from extra.detection.analysis import KINDS, analyse, average_precision, best_and_worst, confusion, error_kinds, rank_pictures
-from extra.detection.coco_metric import CocoMetric
+from tinydet.scoring.analysis import KINDS, analyse, average_precision, best_and_worst, confusion, error_kinds, rank_pictures
+from tinydet.scoring.coco_metric import CocoMetric
 
 CATEGORY_IDS = [7, 90, 3, 12]   # label order, neither sorted nor without gaps
 

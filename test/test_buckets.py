@@ -5,17 +5,17 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from tinygrad import GlobalCounters, Tensor
-from extra.datasets import open_dataset
-from extra.datasets.buckets import Buckets, choose_buckets, one_bucket, upright_and_flat
-from extra.datasets.loader import Loader
-from extra.datasets.sample import Sample
-from extra.datasets.shapes import Shapes
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, pad_to, photometric_jitter, resize_shorter
-from extra.detector import detector
-from extra.training.graphs import jit
-from extra.training.loop import make_step
-from extra.training.optim import Optimizer, schedule
+from tinydet.datasets import open_dataset
+from tinydet.datasets.buckets import Buckets, choose_buckets, one_bucket, upright_and_flat
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, pad_to, photometric_jitter, resize_shorter
+from tinydet.predict import detector
+from tinydet.runtime.graphs import jit
+from tinydet.training.loop import make_step
+from tinydet.training.optim import Optimizer, schedule
 
 ROOT = Path(__file__).parents[1]
 SIZES = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=9)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tinygrad import Tensor
-from extra.detection.anchors import feature_sizes
-from extra.nn import canvas
+from tinydet.detection.anchors import feature_sizes
+from tinydet.nn import canvas
 
 
 def sizes_of(height: int, width: int) -> list[tuple[int, int]]: return [tuple(size) for size in feature_sizes(height, width)]

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import safe_load, safe_save
-from extra.errors import UserError
-from extra.training import checkpoint
+from tinydet.errors import UserError
+from tinydet.weights import checkpoint
 
 RNG = np.random.default_rng(0)
 TENSORS = {"half": RNG.standard_normal(3).astype(np.float16), "weight": RNG.standard_normal((4, 3, 1)).astype(np.float32), "step": np.array(7),

@@ -15,11 +15,11 @@ def python(code, cache, check=True, **environ):
   return run
 
 
-ZIG_ONLY = "import sysconfig; sysconfig.get_path = lambda *_: '/nonexistent'; import os, extra; print(os.environ.get('CC'))"
+ZIG_ONLY = "import sysconfig; sysconfig.get_path = lambda *_: '/nonexistent'; import os, tinydet; print(os.environ.get('CC'))"
 
 
 def test_without_clang_tinygrad_still_computes_on_the_cpu(tmp_path):
-  code = "import extra; print(extra.require_device()); from tinygrad import Tensor; print((Tensor([1., 2.]) * 3 + 1).tolist())"
+  code = "from tinydet.runtime import device; print(device.require_device()); from tinygrad import Tensor; print((Tensor([1., 2.]) * 3 + 1).tolist())"
   assert python(code, tmp_path, DEV="CPU").stdout.splitlines() == ["CPU", "[4.0, 7.0]"]
 
 
@@ -43,7 +43,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_crash(tmp_path):
 
 
 def test_the_users_choice_of_compiler_stands(tmp_path):
-  code = "import os, extra; print(os.environ.get('CC'))"
+  code = "import os, tinydet; print(os.environ.get('CC'))"
   assert python(code, tmp_path, CC="/some/clang").stdout.strip() == "/some/clang"
   (bin := tmp_path/"bin").mkdir()
   (bin/"clang").write_text("#!/bin/sh\n")
@@ -56,10 +56,10 @@ def test_the_users_choice_of_compiler_stands(tmp_path):
   ({"DEV": "CPU", "CC": "/usr/bin/true"}, "/usr/bin/true does not work as one: unset CC"),
   ({"DEV": "NONSENSE"}, "device NONSENSE cannot be opened")])
 def test_a_device_that_cannot_work_is_one_line(tmp_path, environ, words):
-  code = "import extra; from extra.errors import exit_on_user_error\nwith exit_on_user_error(): print(extra.require_device())"
+  code = "import tinydet; from tinydet.errors import exit_on_user_error\nwith exit_on_user_error(): print(tinydet.runtime.device.require_device())"
   run = python(code, tmp_path, check=False, **environ)
   assert run.returncode == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
 def test_importing_the_package_is_cheap(tmp_path):
-  assert python("import sys, extra; print('tinygrad' in sys.modules, 'numpy' in sys.modules)", tmp_path).stdout.split() == ["False", "False"]
+  assert python("import sys, tinydet; print('tinygrad' in sys.modules, 'numpy' in sys.modules)", tmp_path).stdout.split() == ["False", "False"]

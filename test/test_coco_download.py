@@ -2,12 +2,12 @@ import hashlib, io, json, os, shlex, shutil, subprocess, sys, zipfile
 from dataclasses import replace
 from pathlib import Path
 import pytest
-from extra import download
-from extra.datasets import check, coco2017, open_dataset
-from extra.datasets.coco2017 import get_coco
-from extra.datasets.download import local_folder, main
-from extra.datasets.subset import subset_of
-from extra.errors import UserError, exit_on_user_error
+from tinydet import download
+from tinydet.datasets import check, coco2017, open_dataset
+from tinydet.datasets.coco2017 import get_coco
+from tinydet.datasets.download import local_folder, main
+from tinydet.datasets.subset import subset_of
+from tinydet.errors import UserError, exit_on_user_error
 from file_server import FileServer, jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -111,8 +111,8 @@ def test_a_connection_that_ends_is_taken_up_by_the_next_call(server, folder, cap
 
 
 KILLED = """import os, signal, sys
-from extra.datasets import coco2017
-from extra.datasets.coco2017 import Archive
+from tinydet.datasets import coco2017
+from tinydet.datasets.coco2017 import Archive
 coco2017.BASE, coco2017.ANNOTATIONS, coco2017.PICTURES = eval(sys.argv[2])
 replace, left = os.replace, 3
 def counted(source, target):
@@ -183,10 +183,10 @@ def test_too_little_room_is_said_before_anything_starts(server, folder, monkeypa
 
 
 FULL = """import resource, sys
-from extra.datasets import coco2017
-from extra.datasets.coco2017 import Archive
-from extra.datasets.download import main
-from extra.errors import exit_on_user_error
+from tinydet.datasets import coco2017
+from tinydet.datasets.coco2017 import Archive
+from tinydet.datasets.download import main
+from tinydet.errors import exit_on_user_error
 coco2017.BASE, coco2017.ANNOTATIONS, coco2017.PICTURES = eval(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 with exit_on_user_error(): main(["coco", sys.argv[1]])"""
@@ -243,7 +243,7 @@ def test_the_check_takes_names_and_downloads_nothing(server, tmp_path, monkeypat
   for argv, folder in (["coco"], "cache/tinydet/data/coco"), (["openimages-mlperf", "--data-dir", "my sets"], "my sets/openimages-mlperf"):
     with pytest.raises(UserError) as error: check.main(argv)
     place = str(tmp_path/folder) if argv == ["coco"] else folder
-    assert str(error.value) == f"{argv[0]}: {place} is not there; python -m extra.datasets.download {shlex.join([argv[0], place])} downloads it"
+    assert str(error.value) == f"{argv[0]}: {place} is not there; python -m tinydet.datasets.download {shlex.join([argv[0], place])} downloads it"
   assert not server.requests and not list(tmp_path.iterdir())
   monkeypatch.setenv("DATA_DIR", "sets")
   main(["coco"])

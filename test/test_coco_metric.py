@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np, pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from extra.detection.coco_metric import METRIC_NAMES, CocoMetric
-from extra.detection.postprocess import Detections
+from tinydet.scoring.coco_metric import METRIC_NAMES, CocoMetric
+from tinydet.detection.postprocess import Detections
 
 CATEGORY_IDS = [7, 90, 3, 12]  # label order, neither sorted nor without gaps; 12 has no truth
 

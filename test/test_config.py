@@ -1,9 +1,9 @@
 import dataclasses, json
 import pytest
 from hypothesis import given, strategies as st
-from extra.errors import UserError
-from extra.training.config import as_dict, describe, option, parse, show_size, size, variable
-from extra.training.trainer import TrainerConfig
+from tinydet.errors import UserError
+from tinydet.config import as_dict, describe, option, parse, show_size, size, variable
+from tinydet.training.trainer import TrainerConfig
 
 
 @dataclasses.dataclass

@@ -4,8 +4,8 @@ import numpy as np, pytest
 from tinygrad import Context, Device, Tensor, codegen, dtypes
 from tinygrad.engine import realize
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from extra.nn.conv import conv2d
-from extra.training.graphs import jit
+from tinydet.nn.conv import conv2d
+from tinydet.runtime.graphs import jit
 
 # batch, channels in and out, height, width, kernel, stride, padding, groups
 CASES = [

@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from extra.datasets import open_dataset
-from extra.datasets.coco import Coco
-from extra.datasets.shapes import COUNT_SHARES, MIN_VISIBLE, Shapes, _render
-from extra.datasets.transforms import resize
-from extra.datasets.voc import Voc
-from extra.errors import UserError
+from tinydet.datasets import open_dataset
+from tinydet.datasets.coco import Coco
+from tinydet.datasets.shapes import COUNT_SHARES, MIN_VISIBLE, Shapes, _render
+from tinydet.datasets.transforms import resize
+from tinydet.datasets.voc import Voc
+from tinydet.errors import UserError
 
 
 def pycocotools_index(ground_truth: dict) -> COCO:

@@ -4,14 +4,14 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageDraw, ImageFont
-from extra.datasets.files import walk
-from extra.datasets.shapes import Shapes
-from extra.detection import tiles
-from extra.detector import detect, detector
-from extra.errors import UserError
-from extra.training.config import parse
-from extra.training.pictures import _fitting, class_color, draw_boxes
-from extra.training.weights import SHIPPED
+from tinydet.datasets.files import walk
+from tinydet.datasets.shapes import Shapes
+from tinydet.detection import tiles
+from tinydet.predict import detect, detector
+from tinydet.errors import UserError
+from tinydet.config import parse
+from tinydet.reporting.pictures import _fitting, class_color, draw_boxes
+from tinydet.weights.weights import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 SET = Shapes("val", 1, 128, count=13)

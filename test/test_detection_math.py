@@ -4,11 +4,11 @@ import numpy as np, pytest
 from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
-from extra.detection import boxes as B
-from extra.detection.anchors import PER_POSITION, anchors, feature_sizes, level_sizes
-from extra.detection.losses import BOX_LOSSES, detection_losses, sigmoid_focal_loss
-from extra.detection.matcher import match
-from extra.training.graphs import jit
+from tinydet.detection import boxes as B
+from tinydet.detection.anchors import PER_POSITION, anchors, feature_sizes, level_sizes
+from tinydet.detection.losses import BOX_LOSSES, detection_losses, sigmoid_focal_loss
+from tinydet.detection.matcher import match
+from tinydet.runtime.graphs import jit
 
 N = 16
 MANY = settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))

@@ -2,11 +2,11 @@ import hashlib, http.server, os, random, re, shutil, socket, subprocess, sys, te
 from dataclasses import replace
 from pathlib import Path
 import pytest
-from extra import download
-from extra.cache import cache_folder
-from extra.download import fetch
-from extra.errors import UserError
-from extra.training.pretrained import NAMES, PUBLISHED, about, fetch_published, published, unpack
+from tinydet import download
+from tinydet.cache import cache_folder
+from tinydet.download import fetch
+from tinydet.errors import UserError
+from tinydet.weights.pretrained import NAMES, PUBLISHED, about, fetch_published, published, unpack
 
 DATA = random.Random(0).randbytes(3_000_000)
 ROOT = Path(__file__).parent.parent
@@ -294,7 +294,7 @@ def test_a_host_that_never_answers_is_given_up_soon(server, folder, monkeypatch)
 FETCH = """import sys
 from dataclasses import replace
 from pathlib import Path
-from extra.download import fetch
+from tinydet.download import fetch
 print(fetch(*sys.argv[1:3], Path(sys.argv[3])))"""
 
 
@@ -370,7 +370,7 @@ def test_no_room(server, folder, monkeypatch):
 
 def test_a_disk_that_fills_up_on_the_way(server, folder):
   code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))\nimport signal; signal.signal(signal.SIGXFSZ, " \
-         "signal.SIG_IGN)\nfrom extra.errors import exit_on_user_error\nwith exit_on_user_error():\n  " + FETCH.replace("\n", "\n  ")
+         "signal.SIG_IGN)\nfrom tinydet.errors import exit_on_user_error\nwith exit_on_user_error():\n  " + FETCH.replace("\n", "\n  ")
   p = subprocess.run([sys.executable, "-c", code, server.url, sha(DATA), folder], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                      capture_output=True, timeout=60, check=False)
   assert p.returncode == 2 and p.stderr.splitlines()[-1].startswith(f"error: cannot write {folder}/weights-1.pth: File too large")

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from tinygrad import Tensor
-from extra.datasets.shapes import Shapes
-from extra.detection import explain
-from extra.detection.anchors import PER_POSITION, anchors, feature_sizes
-from extra.detector import Detector
-from extra.errors import UserError
-from extra.training.config import parse, split_words
-from extra.training.graphs import jit
+from tinydet.datasets.shapes import Shapes
+from tinydet.detection import explain
+from tinydet.detection.anchors import PER_POSITION, anchors, feature_sizes
+from tinydet.predict import Detector
+from tinydet.errors import UserError
+from tinydet.config import parse, split_words
+from tinydet.runtime.graphs import jit
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("program_explain", ROOT / "examples" / "explain.py")

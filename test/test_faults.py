@@ -5,7 +5,7 @@ import contextlib, json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from extra.training import checkpoint
+from tinydet.weights import checkpoint
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("--weights none --backbone resnet10_quarter --size 32 --resize 32 --bs 4 --epochs 3 --lr 1e-3 --workers 1 --pictures 1 --log-every 1 "
@@ -165,8 +165,8 @@ def test_kill_9(calm, data, tmp_path):
 
 def hold_score(run):
   """The process that scores for `run`, stopped when it has the detections and before it has the score; `run` has its checkpoint and goes on."""
-  run.wait(lambda: run.children("extra.detection.scoring"), 0.05)   # it takes longer than that to import what it needs
-  scorer, = run.children("extra.detection.scoring")
+  run.wait(lambda: run.children("tinydet.scoring.background"), 0.05)   # it takes longer than that to import what it needs
+  scorer, = run.children("tinydet.scoring.background")
   def serves(): return int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{scorer}/status").read_text())[1], 16) >> signal.SIGTERM - 1 & 1
   run.wait(serves, 0.002)   # all is imported
   os.kill(scorer, signal.SIGSTOP)

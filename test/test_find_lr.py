@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from tinygrad import Tensor
-from extra.errors import UserError
-from extra.training.find_lr import HIGH, LOW, diverged, find_lr, smooth, suggest
-from extra.training.loop import make_step
-from extra.training.optim import Optimizer, exponential, schedule
+from tinydet.errors import UserError
+from tinydet.training.find_lr import HIGH, LOW, diverged, find_lr, smooth, suggest
+from tinydet.training.loop import make_step
+from tinydet.training.optim import Optimizer, exponential, schedule
 
 ROOT = Path(__file__).parents[1]
 STEPS, TRUE = 80, np.array([1.0, -2.0, 0.5, 3.0])

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from extra.datasets import check, image, open_dataset
-from extra.errors import UserError
-from extra.training import checkpoint
-from extra.training.config import parse
+from tinydet.datasets import check, image, open_dataset
+from tinydet.errors import UserError
+from tinydet.weights import checkpoint
+from tinydet.config import parse
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32
@@ -606,7 +606,7 @@ def test_of_many_pictures_an_even_part_is_looked_at_and_that_is_said(tmp_path, m
   write_coco(tmp_path, lambda c, d: (d / "b.png").write_bytes(b"") and None)   # a and c are looked at
   dataset = open_dataset(tmp_path, "train")
   assert dataset.warnings == [f"{tmp_path}/annotations/instances_train.json: pictures, of which 2 were looked at, evenly spread; "
-                              "python -m extra.datasets.check reads all (3)"]
+                              "python -m tinydet.datasets.check reads all (3)"]
   with pytest.raises(UserError, match=r"b\.png: cannot be read as an image \(zero bytes\)"): dataset[1]
 
 
@@ -624,7 +624,7 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
                         env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
-CHECK = ("-m", "extra.datasets.check")
+CHECK = ("-m", "tinydet.datasets.check")
 
 
 def test_check_prints_tables_that_agree_with_the_data(tmp_path, capsys):
@@ -649,7 +649,7 @@ def test_check_without_traceback_on_the_real_command_line(tmp_path):
   fast, slow = run(*CHECK, str(tmp_path / "cut"), "--fast"), run(*CHECK, str(tmp_path / "cut"))
   assert fast.returncode == 0 and slow.returncode == 2 and "cannot be read to their end (1)" in slow.stderr and "a.png" in slow.stderr
   assert run(*CHECK, str(tmp_path / "odd"), "--split", "neither").returncode == 2
-  assert "tinygrad" not in run("-X", "importtime", "-c", "import extra.datasets.check").stderr
+  assert "tinygrad" not in run("-X", "importtime", "-c", "import tinydet.datasets.check").stderr
 
 
 def test_check_tells_the_errors_of_both_splits(tmp_path):

@@ -3,9 +3,9 @@ import os, subprocess, sys
 import numpy as np
 import pytest
 from tinygrad import Context, Device, Tensor
-from extra.cache import cache_folder
-from extra.training import graphs
-from extra.training.graphs import jit
+from tinydet.cache import cache_folder
+from tinydet.runtime import graphs
+from tinydet.runtime.graphs import jit
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,14 @@
 import os
 import numpy as np, pytest
 from PIL import Image
-from extra.datasets import open_classes
-from extra.datasets.crops import Crops
-from extra.datasets.image_folder import ImageFolder
-from extra.datasets.loader import Loader
-from extra.datasets.shapes import Shapes
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import center_crop_resize, compose, horizontal_flip, random_resized_crop
-from extra.errors import UserError
+from tinydet.datasets import open_classes
+from tinydet.datasets.crops import Crops
+from tinydet.datasets.image_folder import ImageFolder
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import center_crop_resize, compose, horizontal_flip, random_resized_crop
+from tinydet.errors import UserError
 
 
 def write(path, size=(6, 8), colour=None, seed=0) -> np.ndarray:

@@ -3,11 +3,11 @@ import json, os, pickle, random, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from extra.datasets import coco, index, json_rows, open_dataset
-from extra.datasets.coco import Coco
-from extra.datasets.loader import Loader
-from extra.datasets.transforms import resize
-from extra.errors import UserError
+from tinydet.datasets import coco, index, json_rows, open_dataset
+from tinydet.datasets.coco import Coco
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.transforms import resize
+from tinydet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["images", "annotations", "categories", "more"]
@@ -226,7 +226,7 @@ def test_what_nobody_opens_is_removed(tmp_path, large):
 
 def test_two_processes_at_once(tmp_path, large):
   place = write(tmp_path)
-  program = ("import sys, hashlib; from extra.datasets import coco; coco.LARGE = -1; d = coco.Coco(*sys.argv[1:]);"
+  program = ("import sys, hashlib; from tinydet.datasets import coco; coco.LARGE = -1; d = coco.Coco(*sys.argv[1:]);"
              "print(hashlib.sha256(d.boxes.tobytes() + d.names.tobytes()).hexdigest(), d._kept[1])")
   started = [subprocess.Popen([sys.executable, "-c", program, *map(str, place)], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]

@@ -2,8 +2,8 @@
 import numpy as np, pytest
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from extra.nn import init
-from extra.nn.layers import NORMS, BatchNorm, Conv2d, FrozenBatchNorm, GroupNorm, Linear
+from tinydet.nn import init
+from tinydet.nn.layers import NORMS, BatchNorm, Conv2d, FrozenBatchNorm, GroupNorm, Linear
 
 SHAPE = (3, 8, 5, 4)
 RNG = np.random.default_rng(0)

@@ -2,12 +2,12 @@ import gc, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from extra.datasets.loader import Loader
-from extra.datasets.shapes import Shapes
-from extra.datasets.subset import Subset
-from extra.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter, scale_jitter
-from extra.datasets.voc import Voc
-from extra.errors import UserError
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.subset import Subset
+from tinydet.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize, resize_shorter, scale_jitter
+from tinydet.datasets.voc import Voc
+from tinydet.errors import UserError
 
 TRANSFORM = compose(scale_jitter(0.5, 1.5, 48, 64), photometric_jitter(), horizontal_flip())
 
@@ -204,9 +204,9 @@ def test_workers_end_with_the_loader():
 
 PROGRAM = """
 import signal, sys
-from extra.datasets.loader import Loader
-from extra.datasets.shapes import Shapes
-from extra.datasets.transforms import compose
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.transforms import compose
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 loader = Loader(Shapes("train", count=100000), 8, compose(), workers=2)
 for i, batch in enumerate(loader.epoch(0)):

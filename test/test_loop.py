@@ -4,18 +4,19 @@ from types import SimpleNamespace
 import numpy as np, pytest
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.detection.losses import detection_losses
-from extra.detection.matcher import match
-from extra.errors import UserError
-from extra.nn import init
-from extra.nn.layers import NORMS, Conv2d
-from extra.training import optim, parallel
-from extra.training.loop import make_step, train
-from extra.training.optim import Optimizer, schedule
-from extra.training.parallel import devices, replicate, to_devices
-from extra.training.resume import Checkpoints, load_newest, open_run, restore, run_name
-from extra.training.signals import Signals, Stopped
-from extra.training.weights import load_weights
+from tinydet.detection.losses import detection_losses
+from tinydet.detection.matcher import match
+from tinydet.errors import UserError
+from tinydet.nn import init
+from tinydet.nn.layers import NORMS, Conv2d
+from tinydet.training import optim
+from tinydet.runtime import devices as parallel
+from tinydet.training.loop import make_step, train
+from tinydet.training.optim import Optimizer, schedule
+from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.training.resume import Checkpoints, load_newest, open_run, restore, run_name
+from tinydet.runtime.signals import Signals, Stopped
+from tinydet.weights.weights import load_weights
 
 SIDE, BATCH, CLASSES = 16, 4, 3
 corners = np.random.default_rng(0).uniform(0, 8, (4 * 4 * 9, 2))

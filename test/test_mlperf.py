@@ -8,11 +8,11 @@ import numpy as np, pytest
 from tinygrad import Tensor
 from mlperf_logging.compliance_checker.mlp_compliance import make_checker
 from mlperf_logging.rcp_checker.rcp_checker import read_submission_file
-from extra.errors import UserError
-from extra.training import mlperf
-from extra.training.mlperf import MLPerfLog
-from extra.training.published import LOADING, PUBLISHED
-from extra.training.optim import WARMUP_FACTOR, schedule
+from tinydet.errors import UserError
+from tinydet.reporting import mlperf
+from tinydet.reporting.mlperf import MLPerfLog
+from tinydet.reporting.forecast import LOADING, PUBLISHED
+from tinydet.training.optim import WARMUP_FACTOR, schedule
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -39,7 +39,7 @@ def log(folder, scores, counts=CLOSED, **changes):
   """mlperf.log of a run with these scores after its evaluations."""
   folder.mkdir(exist_ok=True)
   settings = config(**changes)
-  run = MLPerfLog(settings, config(), True)
+  run = MLPerfLog(settings, config(), WARMUP_FACTOR, True)
   run.open(folder, *counts, resumed=False)
   for i, score in enumerate(scores, 1):
     run.start_evaluation(i * settings.eval_every)
@@ -89,7 +89,7 @@ def test_a_closed_run_passes(tmp_path, ruleset, capsys):
   epochs = [(event["key"], event["metadata"]["epoch_num"]) for event in found if "epoch_num" in event["metadata"]]
   assert epochs == [(key, n) for n in (1, 2, 3, 4) for key in ("epoch_start", "epoch_stop", "eval_start", "eval_accuracy", "eval_stop")]
   assert {event["event_type"] for event in found if event["key"].endswith("_start")} == {"INTERVAL_START"}
-  assert all(event["metadata"]["file"] == "extra/training/mlperf.py" for event in found), "no path of this machine"
+  assert all(event["metadata"]["file"] == "extra/reporting/mlperf.py" for event in found), "no path of this machine"
   assert read_submission_file(str(path), "5.1.0", False) == (0, 4, 256, "retinanet"), "four epochs to converge, as its reference convergence point"
 
 
@@ -143,7 +143,7 @@ def test_the_preset_is_the_reference():
 
 def test_a_resumed_run_adds_nothing(tmp_path, capsys):
   before = log(tmp_path, REACHED[:2]).read_text()
-  run = MLPerfLog(config(), config(), True)
+  run = MLPerfLog(config(), config(), WARMUP_FACTOR, True)
   run.open(tmp_path, *CLOSED, resumed=True)
   run.start_evaluation(3)
   run.evaluated(3, 0.5)
@@ -155,8 +155,8 @@ def test_without_the_flag_or_the_package(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "mlperf_logging.mllog.mllog", None)
   monkeypatch.setitem(sys.modules, "mlperf_logging.mllog", None)
   with pytest.raises(UserError, match=r"^--mlperf-log: .*pip install 'mlperf-logging>=4\.1\.68'.*--no-mlperf-log$"):
-    MLPerfLog(config(), config(), True)
-  off = MLPerfLog(config(), config(), False)
+    MLPerfLog(config(), config(), WARMUP_FACTOR, True)
+  off = MLPerfLog(config(), config(), WARMUP_FACTOR, False)
   off.open(tmp_path, *CLOSED, resumed=False)
   off.start_evaluation(1)
   off.evaluated(1, 0.5)
@@ -167,7 +167,7 @@ def test_without_the_flag_or_the_package(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_costs_lines(tmp_path, monkeypatch, capsys):
   def full(self, record): raise OSError(28, "No space left on device")
   monkeypatch.setattr(logging.StreamHandler, "flush", lambda self: full(self, None))
-  run = MLPerfLog(config(), config(), True)
+  run = MLPerfLog(config(), config(), WARMUP_FACTOR, True)
   run.open(tmp_path, *CLOSED, resumed=False)
   assert "mlperf.log cannot be written" in capsys.readouterr().err
   run.open(tmp_path / "gone", *CLOSED, resumed=False)

@@ -4,15 +4,15 @@ from pathlib import Path
 import numpy as np, pytest
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.detection.anchors import anchors
-from extra.detection.losses import detection_losses
-from extra.detection.matcher import match
-from extra.models import resnet, retinanet
-from extra.models.preprocess import normalize
-from extra.nn import init
-from extra.nn.pool import upsample
-from extra.training import checkpoint, torch_file
-from extra.training.weights import load_weights
+from tinydet.detection.anchors import anchors
+from tinydet.detection.losses import detection_losses
+from tinydet.detection.matcher import match
+from tinydet.models import resnet, retinanet
+from tinydet.models.preprocess import normalize
+from tinydet.nn import init
+from tinydet.nn.pool import upsample
+from tinydet.weights import checkpoint, torch_file
+from tinydet.weights.weights import load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 NORM = ("weight", "bias", "running_mean", "running_var")

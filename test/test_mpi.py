@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np, pytest
 from tinygrad import Context, Tensor, dtypes
 from tinygrad.helpers import DEV
-from extra.datasets.loader import Loader
-from extra.datasets.shapes import Shapes
-from extra.errors import UserError
-from extra.models.preprocess import normalize
-from extra.nn import init
-from extra.training import checkpoint, parallel, ranks as module
-from extra.training.config import parse
-from extra.training.parallel import devices, take_devices
-from extra.training.ranks import ALONE, Exchange, Ranks, started_by_launcher
-from extra.training.signals import Signals, Stopped
-from extra.training.trainer import TrainerConfig, check_batch_size
+from tinydet.datasets.loader import Loader
+from tinydet.datasets.shapes import Shapes
+from tinydet.errors import UserError
+from tinydet.models.preprocess import normalize
+from tinydet.nn import init
+from tinydet.weights import checkpoint
+from tinydet.runtime import devices as parallel, mpi as module
+from tinydet.config import parse
+from tinydet.runtime.devices import devices, take_devices
+from tinydet.runtime.mpi import ALONE, Exchange, Ranks, started_by_launcher
+from tinydet.runtime.signals import Signals, Stopped
+from tinydet.training.trainer import TrainerConfig, check_batch_size
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
@@ -275,7 +276,7 @@ def test_a_launcher_of_another_mpi():
 
 
 def test_without_a_launcher_mpi_is_not_loaded():
-  code = "import sys, extra.training.ranks as r\nwith r.join() as ranks: print(ranks.size, 'mpi4py' in sys.modules)"
+  code = "import sys, tinydet.runtime.mpi as r\nwith r.join() as ranks: print(ranks.size, 'mpi4py' in sys.modules)"
   environ = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "OMPI", "SLURM"))}
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
                         env=environ | {"PYTHONPATH": str(ROOT)})

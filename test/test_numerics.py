@@ -3,9 +3,9 @@ import math
 import numpy as np, pytest
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.nn import init
-from extra.nn.layers import BatchNorm, Conv2d
-from extra.training.numerics import first_not_finite
+from tinydet.nn import init
+from tinydet.nn.layers import BatchNorm, Conv2d
+from tinydet.training.numerics import first_not_finite
 
 
 class Net:

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from extra import download
-from extra.class_names import MLPERF
-from extra.datasets import open_dataset, openimages
-from extra.datasets.download import main
-from extra.datasets.openimages import get_openimages
-from extra.datasets.subset import subset_of
-from extra.errors import UserError, exit_on_user_error
+from tinydet import download
+from tinydet.class_names import MLPERF
+from tinydet.datasets import open_dataset, openimages
+from tinydet.datasets.download import main
+from tinydet.datasets.openimages import get_openimages
+from tinydet.datasets.subset import subset_of
+from tinydet.errors import UserError, exit_on_user_error
 from file_server import FileServer, jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -310,10 +310,10 @@ def test_too_little_room_is_said_before_anything_starts(server, folder, monkeypa
 
 CHILD = """import resource, sys
 from pathlib import Path
-from extra.datasets import openimages
-from extra.datasets.download import main
-from extra.datasets.openimages import Split
-from extra.errors import exit_on_user_error
+from tinydet.datasets import openimages
+from tinydet.datasets.download import main
+from tinydet.datasets.openimages import Split
+from tinydet.errors import exit_on_user_error
 openimages.TABLES = openimages.BUCKET = sys.argv[2]
 openimages.SPLITS = eval(sys.argv[3])
 {}

@@ -2,8 +2,8 @@
 import math
 import numpy as np, pytest
 from tinygrad import Tensor
-from extra.training.graphs import jit
-from extra.training.optim import Optimizer, schedule, total_norm
+from tinydet.runtime.graphs import jit
+from tinydet.training.optim import Optimizer, schedule, total_norm
 
 SHAPES, UPDATES, LR = {"weight": (3, 4), "bias": (4,)}, 5, 0.05
 RNG = np.random.default_rng(0)

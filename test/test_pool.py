@@ -1,7 +1,7 @@
 """Max pooling with its own gradient: against a float64 loop over windows, and finite differences."""
 import numpy as np, pytest
 from tinygrad import Tensor
-from extra.nn.pool import max_pool
+from tinydet.nn.pool import max_pool
 
 
 def oracle(x, r):

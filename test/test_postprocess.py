@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
-from extra.detection.postprocess import CROWDED, _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
+from tinydet.detection.postprocess import CROWDED, _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
 
 GOLDEN = Path(__file__).parent / "golden"
 # one shape for every test of the device form, as each shape compiles for seconds; levels longer than, as long as and shorter than topk

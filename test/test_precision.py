@@ -3,10 +3,10 @@ import importlib, sys
 from pathlib import Path
 import numpy as np, pytest
 from tinygrad import Context, Tensor, dtypes
-from extra.nn import init
-from extra.nn.conv import conv2d
-from extra.nn.layers import BatchNorm, Conv2d, FrozenBatchNorm
-from extra.training.precision import DTYPES
+from tinydet.nn import init
+from tinydet.nn.conv import conv2d
+from tinydet.nn.layers import BatchNorm, Conv2d, FrozenBatchNorm
+from tinydet.runtime.precision import DTYPES
 
 sys.path.insert(0, str(Path(__file__).parent))
 parity = importlib.import_module("precision_parity")

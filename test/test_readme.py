@@ -1,7 +1,7 @@
 """The README's settings are the program's."""
 import dataclasses, importlib.util, re
 from pathlib import Path
-from extra.training.config import variable
+from tinydet.config import variable
 
 ROOT = Path(__file__).parent.parent
 

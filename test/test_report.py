@@ -2,11 +2,11 @@ import base64, io, json, os, shutil, sys
 from html.parser import HTMLParser
 import numpy as np, pytest
 from PIL import Image
-from extra.datasets.sample import Sample
-from extra.detection.analysis import analyse
-from extra.detection.coco_metric import CocoMetric
-from extra.errors import UserError
-from extra.training import report
+from tinydet.datasets.sample import Sample
+from tinydet.scoring.analysis import analyse
+from tinydet.scoring.coco_metric import CocoMetric
+from tinydet.errors import UserError
+from tinydet.reporting import report
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 

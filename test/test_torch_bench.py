@@ -3,11 +3,11 @@ import dataclasses, json
 import numpy as np, pytest
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.detection.anchors import anchors
-from extra.detection.losses import detection_losses
-from extra.detection.matcher import match
-from extra.models import retinanet
-from extra.models.preprocess import normalize
+from tinydet.detection.anchors import anchors
+from tinydet.detection.losses import detection_losses
+from tinydet.detection.matcher import match
+from tinydet.models import retinanet
+from tinydet.models.preprocess import normalize
 from test_bench import STEP, bench, program
 from torch_peer import torch
 

@@ -2,8 +2,8 @@ import copyreg, io, os, pickle, pickletools, struct, tarfile, time, tracemalloc,
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from extra.errors import UserError
-from extra.training import torch_file
+from tinydet.errors import UserError
+from tinydet.weights import torch_file
 
 RNG = np.random.default_rng(0)
 TENSORS = {"half": RNG.standard_normal(3).astype(np.float16), "weight": RNG.standard_normal((4, 3, 1)).astype(np.float32), "steps": np.array(7),

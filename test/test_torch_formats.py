@@ -2,8 +2,8 @@ import argparse, collections, io, struct, tarfile
 import numpy as np
 import pytest
 torch = pytest.importorskip("torch")
-from extra.errors import UserError  # noqa: E402
-from extra.training import torch_file  # noqa: E402
+from tinydet.errors import UserError  # noqa: E402
+from tinydet.weights import torch_file  # noqa: E402
 
 NEW_AND_OLD = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 torch.manual_seed(0)

@@ -2,8 +2,8 @@ import pytest
 from torch_peer import torchvision
 from torchvision.models import get_model_weights, list_models
 from torchvision.transforms._presets import ObjectDetection
-from extra.models import resnet
-from extra.training.pretrained import PUBLISHED
+from tinydet.models import resnet
+from tinydet.weights.pretrained import PUBLISHED
 
 THEIRS = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2", "coco": "COCO_V1"}
 OURS = [e for e in PUBLISHED if e.name in THEIRS]

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pytest
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.models import resnet, retinanet
-from extra.models.preprocess import normalize
-from extra.training import checkpoint, weights
-from extra.training.weights import fit, load_weights, open_weights
+from tinydet.models import resnet, retinanet
+from tinydet.models.preprocess import normalize
+from tinydet.weights import checkpoint, weights
+from tinydet.weights.weights import fit, load_weights, open_weights
 from test_weights import old_layout
 from torch_peer import torch, torchvision
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor

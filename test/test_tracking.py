@@ -3,15 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from extra.errors import UserError
-from extra.training import checkpoint
-from extra.training.pictures import class_color, draw_boxes, truth_and_prediction
-from extra.training.tracking import Progress, Tracker, duration, progress_line
+from tinydet.errors import UserError
+from tinydet.weights import checkpoint
+from tinydet.reporting.pictures import class_color, draw_boxes, truth_and_prediction
+from tinydet.reporting.tracking import Progress, Tracker, duration, progress_line
 
 ROOT = Path(__file__).parents[1]
 RUN = """
 import numpy as np, os, sys
-from extra.training.tracking import Tracker
+from tinydet.reporting.tracking import Tracker
 tracker = Tracker("runs/demo", {"bs": 16, "size": [128, 96]}, project="detect", target=0.4)
 for step in range(3): tracker.log({"train/loss": 1 / (step + 1)}, step, step / 3)
 tracker.log({"eval/mAP": 0.25}, 3, 1)
@@ -96,11 +96,12 @@ def test_without_credentials_the_run_is_offline_and_never_asks(tmp_path):
 EVALUATED = """
 import numpy as np, os
 from types import SimpleNamespace
-from extra.datasets.sample import Sample
-from extra.detection.analysis import analyse
-from extra.detection.coco_metric import CocoMetric
-from extra.training import checkpoint, panels, report
-from extra.training.tracking import Tracker
+from tinydet.datasets.sample import Sample
+from tinydet.scoring.analysis import analyse
+from tinydet.scoring.coco_metric import CocoMetric
+from tinydet.weights import checkpoint
+from tinydet.reporting import panels, report
+from tinydet.reporting.tracking import Tracker
 resume = {"run_id": os.environ["RUN_ID"], "step": 9, "evaluated": 1} if "RUN_ID" in os.environ else None
 tracker = Tracker("runs/demo", {"bs": 16}, project="detect", target=0.4, tags=["small", "sgd"], group="rates", artifacts="best", resume=resume)
 print(tracker.id)

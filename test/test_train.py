@@ -3,7 +3,7 @@ import json, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from extra.training import checkpoint
+from tinydet.weights import checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--data shapes:1 --weights none --norm batch --size 64 --train-images 32 --bs 8 --epochs 2 --eval-every 1 --workers 1 --ema 0.9 "

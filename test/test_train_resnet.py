@@ -5,12 +5,12 @@ import numpy as np, pytest
 from PIL import Image
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.datasets.sample import Sample
-from extra.datasets.transforms import center_crop_resize
-from extra.models import resnet
-from extra.models.preprocess import normalize
-from extra.training import checkpoint
-from extra.training.weights import load_weights
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.transforms import center_crop_resize
+from tinydet.models import resnet
+from tinydet.models.preprocess import normalize
+from tinydet.weights import checkpoint
+from tinydet.weights.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--data crops:1 --size 32 --resize 36 --train-images 32 --bs 8 --epochs 2 --workers 1 --ema 0.9 --log-every 2 --pictures 2 --target 0.9 "

@@ -2,8 +2,8 @@ import dataclasses
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from extra.datasets.sample import Sample
-from extra.datasets.transforms import (LUMA, MEAN_GREY, center_crop_resize, colour_matrix, compose, horizontal_flip, pad_to, photometric_jitter,
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.transforms import (LUMA, MEAN_GREY, center_crop_resize, colour_matrix, compose, horizontal_flip, pad_to, photometric_jitter,
                                        random_resized_crop, resize, resize_shorter, scale_jitter)
 
 

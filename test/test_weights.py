@@ -3,11 +3,11 @@ import json, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from tinygrad.nn.state import get_state_dict
-from extra.errors import UserError
-from extra.models import resnet, retinanet
-from extra.nn import init
-from extra.training import checkpoint, torch_file
-from extra.training.weights import fit, load_weights, open_detector, open_weights, read, save_weights
+from tinydet.errors import UserError
+from tinydet.models import resnet, retinanet
+from tinydet.nn import init
+from tinydet.weights import checkpoint, torch_file
+from tinydet.weights.weights import fit, load_weights, open_detector, open_weights, read, save_weights
 
 ROOT = Path(__file__).parents[1]
 NAME = "retinanet_resnet10_quarter_fpn"
@@ -195,7 +195,7 @@ def test_open_a_detector_for_the_classes_of_some_data(six_classes, tmp_path):
 def test_another_constant_beside_the_variance(six_classes, monkeypatch):
   """w / sqrt(v) of a file whose network adds nothing equals w / sqrt(v' + 1e-5) of the network here."""
   tensors, path = six_classes
-  from extra.training import weights
+  from tinydet.weights import weights
   monkeypatch.setattr(weights, "find", lambda name, architecture: (path, {"eps": 0.0}))
   _, shifted, _, _ = open_weights("any", "any")
   for key, values in shifted.items():

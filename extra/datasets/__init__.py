@@ -8,12 +8,12 @@ that reads files may have `d.resized(i, (height, width))`, a `Sample` read at th
 import os
 from pathlib import Path
 from typing import Any
-from extra.datasets.coco import Coco
-from extra.datasets.crops import Crops
-from extra.datasets.image_folder import ImageFolder
-from extra.datasets.shapes import Shapes
-from extra.datasets.voc import Voc
-from extra.errors import UserError
+from tinydet.datasets.coco import Coco
+from tinydet.datasets.crops import Crops
+from tinydet.datasets.image_folder import ImageFolder
+from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.voc import Voc
+from tinydet.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # our name -> names met in folders
 

@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
-from extra.datasets.transforms import one_canvas, resized_sizes
+from tinydet.datasets.transforms import one_canvas, resized_sizes
 
 MULTIPLE = 32   # of a canvas's sides, in pixels: the stride of C5, and what torchvision pads to
 

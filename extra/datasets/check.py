@@ -1,15 +1,15 @@
-"""What a training run would say of a data set, without a run: `python -m extra.datasets.check FOLDER`. Nothing is downloaded."""
+"""What a training run would say of a data set, without a run: `python -m tinydet.datasets.check FOLDER`. Nothing is downloaded."""
 import argparse, os, signal, sys, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 import numpy as np
-from extra.datasets import SPLIT_NAMES, open_dataset
-from extra.datasets.download import local_folder
-from extra.datasets.problems import shown
-from extra.datasets.shapes import Shapes
-from extra.errors import UserError, exit_on_user_error
+from tinydet.datasets import SPLIT_NAMES, open_dataset
+from tinydet.datasets.download import local_folder
+from tinydet.datasets.problems import shown
+from tinydet.datasets.shapes import Shapes
+from tinydet.errors import UserError, exit_on_user_error
 
 COUNTS = (0, 1, 2, 6, 11, 21, 51, 101)                       # boxes an image: the beginnings of the table's columns
 AREAS = {"small": 0, "medium": 32 ** 2, "large": 96 ** 2}    # square pixels, as in COCO's metrics
@@ -89,7 +89,7 @@ def _table(title: str, names: list[str], counts: list[int], unit: str, images: l
 
 def main(argv: list[str]) -> None:
   """The program; see the module."""
-  parser = argparse.ArgumentParser("python -m extra.datasets.check", description="What a training run would say of a data set, and what is in it.")
+  parser = argparse.ArgumentParser("python -m tinydet.datasets.check", description="What a training run would say of a data set, and what is in it.")
   parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf once they "
                       "are downloaded")
   parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR"),

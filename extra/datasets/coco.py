@@ -6,15 +6,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 import numpy as np
-from extra.cache import cache_folder
-from extra.datasets import index
-from extra.datasets.image import check_headers, find_files, read_image
-from extra.datasets.image_folder import SUFFIXES
-from extra.datasets.json_rows import read_portions, read_whole
-from extra.datasets.problems import Problems, check_boxes, check_class_names, reason, shown
-from extra.datasets.sample import Sample
-from extra.datasets.transforms import resized_boxes
-from extra.errors import UserError
+from tinydet.cache import cache_folder
+from tinydet.datasets import index
+from tinydet.datasets.image import check_headers, find_files, read_image
+from tinydet.datasets.image_folder import SUFFIXES
+from tinydet.datasets.json_rows import read_portions, read_whole
+from tinydet.datasets.problems import Problems, check_boxes, check_class_names, reason, shown
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.transforms import resized_boxes
+from tinydet.errors import UserError
 
 FARTHEST = 1e6   # pixels; no coordinate of a real box is larger
 INT32, INT64 = 2 ** 31 - 1, 2 ** 63 - 1

@@ -3,10 +3,10 @@ import contextlib, json, os, re, shutil, zipfile, zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from extra.datasets.image import jpeg_size
-from extra.datasets.subset import subset_of
-from extra.download import alone, fetch, fetch_many, free_bytes, progress, size_text, write_whole
-from extra.errors import UserError
+from tinydet.datasets.image import jpeg_size
+from tinydet.datasets.subset import subset_of
+from tinydet.download import alone, fetch, fetch_many, free_bytes, progress, size_text, write_whole
+from tinydet.errors import UserError
 
 BASE = "http://images.cocodataset.org/"   # https there shows the certificate of another name; the checksums vouch for the files
 BLOCK = 4096                              # bytes that a small file takes more than it has, at most

@@ -1,8 +1,8 @@
 """The embedded data set for classifiers: each picture is a part of a picture of `shapes` with one shape in its middle, or with none."""
 from dataclasses import replace
 import numpy as np
-from extra.datasets.sample import Sample
-from extra.datasets.shapes import DEFAULT_COUNT, SPLITS, Shapes
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.shapes import DEFAULT_COUNT, SPLITS, Shapes
 
 BACKGROUND = 0.08  # chance that a picture with shapes gives a part without; with the 8% that have none, a seventh in all
 

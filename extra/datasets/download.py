@@ -1,11 +1,11 @@
-"""The large public data sets, downloaded: `python -m extra.datasets.download coco FOLDER`, or on first use by `--data coco`."""
+"""The large public data sets, downloaded: `python -m tinydet.datasets.download coco FOLDER`, or on first use by `--data coco`."""
 import argparse, os, shlex, signal, sys
 from collections.abc import Sequence
 from pathlib import Path
-from extra.cache import cache_folder
-from extra.datasets.coco2017 import get_coco
-from extra.datasets.openimages import get_openimages
-from extra.errors import UserError, exit_on_user_error
+from tinydet.cache import cache_folder
+from tinydet.datasets.coco2017 import get_coco
+from tinydet.datasets.openimages import get_openimages
+from tinydet.errors import UserError, exit_on_user_error
 
 DATASETS = {"coco": get_coco, "openimages-mlperf": get_openimages}   # a call completes a folder
 
@@ -18,7 +18,7 @@ def local_folder(data: str, data_dir: str | None = None, splits: Sequence[str] =
   folder = (Path(data_dir).expanduser() if data_dir else cache_folder("data"))/data
   if download: complete(data, folder, splits)
   elif not folder.is_dir():
-    raise UserError(f"{data}: {folder} is not there; python -m extra.datasets.download {shlex.join([data, str(folder)])} downloads it")
+    raise UserError(f"{data}: {folder} is not there; python -m tinydet.datasets.download {shlex.join([data, str(folder)])} downloads it")
   return str(folder)
 
 
@@ -30,7 +30,7 @@ def complete(name: str, folder: Path, splits: Sequence[str] = ("train", "val"), 
 
 def main(argv: list[str]) -> None:
   """The program; see the module."""
-  parser = argparse.ArgumentParser("python -m extra.datasets.download", description="Download a data set, or go on where that broke off.",
+  parser = argparse.ArgumentParser("python -m tinydet.datasets.download", description="Download a data set, or go on where that broke off.",
                                    epilog="TINYDET_MIRROR names a folder or URL that has the files instead.")
   parser.add_argument("name", choices=DATASETS)
   parser.add_argument("folder", nargs="?", type=Path, help="by default where --data finds it: in DATA_DIR, or else in the user's cache folder")

@@ -1,8 +1,8 @@
 """Pictures and videos as a command line names them."""
 import glob, os
 from pathlib import Path
-from extra.datasets.video import SUFFIXES as VIDEOS
-from extra.errors import UserError
+from tinydet.datasets.video import SUFFIXES as VIDEOS
+from tinydet.errors import UserError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 RESULTS = ({"detections.json", "images.json"}, {"explanations.json"})   # what marks a folder of results

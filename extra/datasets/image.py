@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from extra.datasets.problems import Problems, reason, shown
-from extra.errors import UserError
+from tinydet.datasets.problems import Problems, reason, shown
+from tinydet.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")   # Pillow knows more; one of them, EPS, starts a program
 SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -15,7 +15,7 @@ ALPHA = ("LA", "PA", "La", "RGBa", "RGBA")
 MAX_PIXELS = 100_000_000     # 300 MB as RGB, in each worker
 MAX_HEADERS = 20_000         # read before training: about a second; of a larger data set, so many in even steps
 ORIENTATION = 0x0112         # of EXIF
-WHOLE_CHECK = "python -m extra.datasets.check"
+WHOLE_CHECK = "python -m tinydet.datasets.check"
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resized: tuple[int, int] | None = None) -> Image.Image:

@@ -3,9 +3,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
-from extra.datasets.image import read_image
-from extra.datasets.sample import Sample
-from extra.errors import UserError
+from tinydet.datasets.image import read_image
+from tinydet.datasets.sample import Sample
+from tinydet.errors import UserError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # our name -> names met in folders; the first that is there counts

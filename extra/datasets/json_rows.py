@@ -3,7 +3,7 @@ import codecs, json, re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from extra.datasets.problems import read_bytes
+from tinydet.datasets.problems import read_bytes
 
 BLOCK = 2 ** 24   # bytes of a file read at once
 PORTION = 50_000  # objects, at least

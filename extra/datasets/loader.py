@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 import numpy as np
-from extra.datasets.buckets import Buckets
-from extra.datasets.sample import Batch, Sample
-from extra.datasets.transforms import Transform, first_size, pad_to
-from extra.errors import UserError
+from tinydet.datasets.buckets import Buckets
+from tinydet.datasets.sample import Batch, Sample
+from tinydet.datasets.transforms import Transform, first_size, pad_to
+from tinydet.errors import UserError
 
 
 class Loader:
@@ -168,7 +168,7 @@ class _Pool:
       environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
       for worker in range(loader.workers):
         ours, theirs = Pipe()
-        program = f"from extra.datasets.loader import serve; serve({theirs.fileno()}, {memory_file}, {slots}, {worker}, {os.getpid()})"
+        program = f"from tinydet.datasets.loader import serve; serve({theirs.fileno()}, {memory_file}, {slots}, {worker}, {os.getpid()})"
         # a process group of its own keeps the terminal's Ctrl-C from the workers: they end when this process closes the connection
         self.processes.append(subprocess.Popen([sys.executable, "-P", "-c", program], env=environment, stdin=subprocess.DEVNULL,
                                                pass_fds=(theirs.fileno(), memory_file), process_group=0))

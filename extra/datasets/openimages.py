@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 import numpy as np
-from extra.class_names import MLPERF
-from extra.datasets.image import jpeg_size
-from extra.datasets.problems import reason
-from extra.datasets.subset import subset_of
-from extra.download import alone, fetch, fetch_many, free_bytes, progress, size_text, write_whole
-from extra.errors import UserError
+from tinydet.class_names import MLPERF
+from tinydet.datasets.image import jpeg_size
+from tinydet.datasets.problems import reason
+from tinydet.datasets.subset import subset_of
+from tinydet.download import alone, fetch, fetch_many, free_bytes, progress, size_text, write_whole
+from tinydet.errors import UserError
 
 TABLES = "https://storage.googleapis.com/openimages/"
 BUCKET = "https://open-images-dataset.s3.amazonaws.com/"

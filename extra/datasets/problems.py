@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 import numpy as np
-from extra.errors import UserError
+from tinydet.errors import UserError
 
 MAX_BOXES = 10_000   # on one image; the most on any image is the length of every batch's box axis
 FIRST = 10           # of a kind, so many are named

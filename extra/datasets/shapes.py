@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
-from extra.datasets.sample import Sample
-from extra.errors import UserError
+from tinydet.datasets.sample import Sample
+from tinydet.errors import UserError
 
 COUNT_SHARES = (0.08, 0.27, 0.27, 0.2, 0.12, 0.04, 0.02)  # chance of 0, 1, 2, ... objects on an image
 MIN_VISIBLE = 0.4                                         # part of a shape that must stay in sight

@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 from typing import Any
-from extra.datasets.sample import Sample
+from tinydet.datasets.sample import Sample
 
 
 class Subset:

@@ -8,7 +8,7 @@ from functools import partial
 from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageStat
-from extra.datasets.sample import Sample
+from tinydet.datasets.sample import Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 MEAN_GREY = (124, 116, 104)  # mean colour of ImageNet: zero after the usual normalisation
@@ -42,7 +42,7 @@ def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> T
 
 
 def for_network(size: tuple[int, int], max_size: int) -> Transform:
-  """How every picture comes to the size that the network sees it at, before it is padded (`extra.datasets.buckets`).
+  """How every picture comes to the size that the network sees it at, before it is padded (`tinydet.datasets.buckets`).
 
   `size` (width, height) is that size where `max_size` is 0. Otherwise it is the shorter side, `max_size` bounds the longer one, and the aspect ratio
   is kept."""

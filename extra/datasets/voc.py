@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 import numpy as np
-from extra.datasets.image import check_headers, read_image
-from extra.datasets.image_folder import SUFFIXES
-from extra.datasets.problems import Problems, check_boxes, check_class_names, read_bytes, reason, shown
-from extra.datasets.sample import Sample
-from extra.datasets.transforms import resized_boxes
-from extra.errors import UserError
+from tinydet.datasets.image import check_headers, read_image
+from tinydet.datasets.image_folder import SUFFIXES
+from tinydet.datasets.problems import Problems, check_boxes, check_class_names, read_bytes, reason, shown
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.transforms import resized_boxes
+from tinydet.errors import UserError
 
 MAX_XML = 32_000_000   # bytes; an annotation with 10,000 objects has 3 million
 FARTHEST = 1e6         # pixels; no coordinate of a real box is larger

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp
-from extra.detection.boxes import decode, encode, generalized_iou
+from tinydet.detection.boxes import decode, encode, generalized_iou
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -1,6 +1,6 @@
 """Assignment: which anchor learns which box. It runs on the device, inside the jitted step, so only boxes and labels cross from the host."""
 from tinygrad import Tensor, dtypes
-from extra.detection.boxes import iou
+from tinydet.detection.boxes import iou
 
 FOREGROUND, BACKGROUND = 0.5, 0.4  # IoU at and above which an anchor learns a box, and below which it learns background
 

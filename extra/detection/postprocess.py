@@ -10,7 +10,7 @@ import functools, itertools
 from dataclasses import dataclass, replace
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
-from extra.detection import boxes as box_ops
+from tinydet.detection import boxes as box_ops
 
 CHUNK = 128              # keys counted together when compacting: longer chunks cost work in each, shorter ones cost work across them
 DIGIT_BITS = 4           # bits of the k-th key found by one pass over all keys

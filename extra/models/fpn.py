@@ -1,8 +1,8 @@
 """Feature pyramid (Lin et al. 2017b), with torchvision's `state_dict` keys."""
 from tinygrad import Tensor
-from extra.nn import init
-from extra.nn.layers import Conv2d
-from extra.nn.pool import upsample
+from tinydet.nn import init
+from tinydet.nn.layers import Conv2d
+from tinydet.nn.pool import upsample
 
 
 class _ExtraBlocks:

@@ -2,9 +2,9 @@
 import math
 from collections.abc import Mapping
 from tinygrad import Tensor
-from extra.nn import init
-from extra.nn.layers import NORMS, Conv2d, Linear
-from extra.nn.pool import max_pool
+from tinydet.nn import init
+from tinydet.nn.layers import NORMS, Conv2d, Linear
+from tinydet.nn.pool import max_pool
 
 
 class BasicBlock:

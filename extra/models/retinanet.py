@@ -4,9 +4,9 @@ from collections.abc import Mapping
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_parameters
-from extra.models import fpn, resnet
-from extra.nn import canvas, init
-from extra.nn.layers import NORMS, Conv2d
+from tinydet.models import fpn, resnet
+from tinydet.nn import canvas, init
+from tinydet.nn.layers import NORMS, Conv2d
 
 PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
 
@@ -45,7 +45,7 @@ class _Backbone:
 
 
 class RetinaNet:
-  """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), both f32, anchors in the order of `extra.detection.anchors`."""
+  """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), both f32, anchors in the order of `tinydet.detection.anchors`."""
   def __init__(self, body: resnet.ResNet, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
                head_norm: str | None = None):
     self.num_classes = num_classes

@@ -6,7 +6,7 @@ from tinygrad import Tensor
 from tinygrad.dtype import DType
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp
-from extra.nn import conv_cpu
+from tinydet.nn import conv_cpu
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:

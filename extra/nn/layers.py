@@ -1,9 +1,9 @@
-"""Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `extra.nn.init.initialize` or a checkpoint."""
+"""Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `tinydet.nn.init.initialize` or a checkpoint."""
 from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import TRAINING
-from extra.nn.conv import conv2d
+from tinydet.nn.conv import conv2d
 
 
 class Conv2d:

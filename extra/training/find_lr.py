@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
-from extra.errors import UserError
-from extra.training import optim
-from extra.training.checkpoint import whole_file
-from extra.training.loop import memory_error_explained
-from extra.training.tracking import Progress, new_folder
+from tinydet.errors import UserError
+from tinydet.training import optim
+from tinydet.weights.checkpoint import whole_file
+from tinydet.training.loop import memory_error_explained
+from tinydet.reporting.tracking import Progress, new_folder
 
 LOW, HIGH = 1e-6, 10.0
 DIVERGED = 4.0   # times the lowest loss, smoothed, where that is above the first too

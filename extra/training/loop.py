@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.helpers import to_tuple
-from extra.errors import UserError
-from extra.training.graphs import in_place, jit
-from extra.training.optim import Optimizer
-from extra.training.ranks import ALONE, WIRES, Exchange, Ranks
-from extra.training.resume import Checkpoints
-from extra.training.signals import Signals, Stopped
-from extra.training.tracking import Progress, Tracker, warn
+from tinydet.errors import UserError
+from tinydet.runtime.graphs import in_place, jit
+from tinydet.training.optim import Optimizer
+from tinydet.runtime.mpi import ALONE, WIRES, Exchange, Ranks
+from tinydet.training.resume import Checkpoints
+from tinydet.runtime.signals import Signals, Stopped
+from tinydet.reporting.tracking import Progress, Tracker, warn
 
 
 def make_step(losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, buffers: list[Tensor], accumulate: int = 1,

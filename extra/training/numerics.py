@@ -3,7 +3,7 @@ from collections.abc import Callable
 from typing import Any
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.nn import layers
+from tinydet.nn import layers
 
 LAYERS = (layers.Conv2d, layers.Linear, layers.FrozenBatchNorm, layers.BatchNorm, layers.GroupNorm)
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, TextIO
 import numpy as np
 from tinygrad.nn.state import get_state_dict
-from extra.errors import UserError
-from extra.nn.init import assign
-from extra.training import checkpoint
-from extra.training.optim import Optimizer
-from extra.training.ranks import ALONE, Ranks
-from extra.training.tracking import claim, warn
-from extra.training.weights import save_weights
+from tinydet.errors import UserError
+from tinydet.nn.init import assign
+from tinydet.weights import checkpoint
+from tinydet.training.optim import Optimizer
+from tinydet.runtime.mpi import ALONE, Ranks
+from tinydet.reporting.tracking import claim, warn
+from tinydet.weights.weights import save_weights
 
 
 class Checkpoints:

@@ -1,12 +1,12 @@
 """The settings that every trainer here has, and the optimiser that they describe."""
 from dataclasses import dataclass
 from tinygrad import Tensor
-from extra.errors import UserError
-from extra.training import optim
-from extra.training.config import option
-from extra.training.precision import DTYPES
-from extra.training.tracking import ARTIFACTS
-from extra.training.ranks import WIRES, Ranks
+from tinydet.errors import UserError
+from tinydet.training import optim
+from tinydet.config import option
+from tinydet.runtime.precision import DTYPES
+from tinydet.reporting.tracking import ARTIFACTS
+from tinydet.runtime.mpi import WIRES, Ranks
 
 
 def _numbers(text: str) -> tuple[int, ...]:

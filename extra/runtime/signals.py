@@ -1,7 +1,7 @@
 """What the outside asks of a running loop: to end, or to write a checkpoint. It is done between two steps, where the state is whole."""
 import os, signal, sys
 from types import FrameType
-from extra.training.ranks import ALONE, Ranks
+from tinydet.runtime.mpi import ALONE, Ranks
 
 
 class Stopped(SystemExit):

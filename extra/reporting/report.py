@@ -3,8 +3,8 @@
 A trainer calls `save_environment` at its start, `save_evaluation` after each evaluation, and `update`. From what these and the tracker left in the
 folder the page can be built again at any time, of runs that were stopped too:
 
-  python -m extra.training.report runs/mine
-  python -m extra.training.report --compare runs/mine runs/other --out compare.html
+  python -m tinydet.reporting.report runs/mine
+  python -m tinydet.reporting.report --compare runs/mine runs/other --out compare.html
 
 matplotlib draws, Jinja2 lays out `report.html.jinja`; a run goes on without them.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from PIL import Image
-from extra.errors import UserError, exit_on_user_error
-from extra.training.checkpoint import whole_file
-from extra.training.panels import most_confused
-from extra.training.pictures import draw_boxes
-from extra.training.tracking import duration
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.weights.checkpoint import whole_file
+from tinydet.reporting.panels import most_confused
+from tinydet.reporting.pictures import draw_boxes
+from tinydet.reporting.tracking import duration
 
 PICTURES = 4              # of the best and of the worst on the page
 PICTURE_SIDE = 560        # pixels of a picture on the page, along its longer side
@@ -484,7 +484,7 @@ def _settings(run: Run) -> dict[str, Any]:
 def _commands(run: Run) -> list[tuple[str, str]]:
   """What to type next, from the folder that the run was started in."""
   folder, data = shlex.quote(str(run.folder)), shlex.quote(str(run.config.get("data", "FOLDER")))
-  again = "This report again", f"python -m extra.training.report {folder}"
+  again = "This report again", f"python -m tinydet.reporting.report {folder}"
   if run.score == "top1":
     backbone = shlex.quote(str(run.config.get("backbone", "resnet18")))
     detector_data = data.replace("crops", "shapes", 1) if data.startswith("crops") else "FOLDER"
@@ -526,7 +526,7 @@ def _data_uri(file: Path, side: int) -> str | None:
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog="python -m extra.training.report", description="Write the report of a run, or overlay several.")
+  parser = argparse.ArgumentParser(prog="python -m tinydet.reporting.report", description="Write the report of a run, or overlay several.")
   parser.add_argument("run", nargs="?", metavar="RUN", help="folder of the run")
   parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="folders of runs to overlay")
   parser.add_argument("--out", metavar="FILE", help="the page; by default report.html or compare.html in the first run's folder")

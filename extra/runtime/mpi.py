@@ -11,10 +11,10 @@ from tinygrad.device import Buffer, MultiBuffer
 from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.helpers import round_up
 from tinygrad.uop.ops import UOp
-from extra import start_compilers
-from extra.errors import UserError
-from extra.nn.init import assign
-from extra.training.cores import share_cores
+from tinydet.runtime.device import start_compilers
+from tinydet.errors import UserError
+from tinydet.nn.init import assign
+from tinydet.runtime.cpu import share_cores
 
 HINT = "pip install mpi4py mpich brings both"
 PATIENCE, FORWARDED = 3, 0.2   # seconds that rank 0 has to report an error that others have too, and a launcher to pass on what was printed

@@ -3,7 +3,7 @@ import os, subprocess, sys
 import numpy as np
 import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
-from extra.training import cores
+from tinydet.runtime import cpu as cores
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="is about the CPU device")
 
@@ -54,7 +54,7 @@ def test_a_graph_updates_its_state():
 
 
 def test_debug_2_shows_each_kernel():
-  program = ("import extra; extra.require_device()\nfrom tinygrad import Tensor, TinyJit\n@TinyJit\n"
+  program = ("import tinydet; tinydet.runtime.device.require_device()\nfrom tinygrad import Tensor, TinyJit\n@TinyJit\n"
              "def f(x): return (x + 1).contiguous().sum().realize()\nfor _ in range(3): f(Tensor.ones(64, 64).contiguous().realize())")
   done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"DEBUG": "2"}, capture_output=True, text=True, check=True)
   assert "batched" not in done.stdout

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 import numpy as np
 from pycocotools import mask
-from extra.detection.coco_metric import CocoMetric, CocoResult
+from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 
 KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 MAX_DETECTIONS = 100        # of a class on a picture (COCOeval)

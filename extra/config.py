@@ -3,7 +3,7 @@ import dataclasses, difflib, json, math, re, sys, textwrap, types, typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from extra.errors import UserError
+from tinydet.errors import UserError
 
 Config = TypeVar("Config")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

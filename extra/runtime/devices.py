@@ -3,8 +3,8 @@ import dataclasses, os
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import DEV
-from extra.errors import UserError
-from extra.training.ranks import Ranks, on_host
+from tinydet.errors import UserError
+from tinydet.runtime.mpi import Ranks, on_host
 
 
 def devices(count: int) -> tuple[str, ...]:

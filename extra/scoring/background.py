@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
-from extra.detection.analysis import analyse
-from extra.detection.coco_metric import CocoMetric, CocoResult
-from extra.errors import UserError
+from tinydet.scoring.analysis import analyse
+from tinydet.scoring.coco_metric import CocoMetric, CocoResult
+from tinydet.errors import UserError
 
 NICENESS = 5   # of the process: those that feed and run the device come first
 
@@ -40,7 +40,7 @@ class Pending:
   def __init__(self, metric: CocoMetric, then: Then, options: dict[str, Any]):
     self._then = then
     self._connection, theirs = Pipe()
-    program = f"from extra.detection.scoring import serve; serve({theirs.fileno()}, {os.getpid()})"
+    program = f"from tinydet.scoring.background import serve; serve({theirs.fileno()}, {os.getpid()})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     # a process group of its own keeps the terminal's Ctrl-C from it
     self._process = subprocess.Popen([sys.executable, "-P", "-c", program], env=environment, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval, Params
-from extra.errors import UserError
-if TYPE_CHECKING: from extra.detection.postprocess import Detections   # which imports tinygrad: scoring does without
+from tinydet.errors import UserError
+if TYPE_CHECKING: from tinydet.detection.postprocess import Detections   # which imports tinygrad: scoring does without
 
 METRIC_NAMES = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 

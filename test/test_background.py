@@ -2,10 +2,10 @@
 import os, pickle, re, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
-from extra.detection.analysis import analyse
-from extra.detection.coco_metric import CocoMetric
-from extra.detection.scoring import Pending, score
-from extra.errors import UserError
+from tinydet.scoring.analysis import analyse
+from tinydet.scoring.coco_metric import CocoMetric
+from tinydet.scoring.background import Pending, score
+from tinydet.errors import UserError
 
 CATEGORY_IDS = [7, 90, 3]
 
@@ -87,7 +87,7 @@ def test_signals_to_all_processes_do_not_cost_the_score():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 def test_no_tinygrad_and_no_orphan():
-  program = ("import sys, time; sys.path.insert(0, 'test'); from test_scoring import *\n"
+  program = ("import sys, time; sys.path.insert(0, 'test'); from test_background import *\n"
              "pending = Pending(metric_of(images=3), Given(), {}); assert 'tinygrad' not in sys.modules\n"
              "os.kill(pending._process.pid, signal.SIGSTOP); print(pending._process.pid, flush=True); time.sleep(60)")
   root = Path(__file__).parents[1]

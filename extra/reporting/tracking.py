@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TextIO
 import numpy as np
 from PIL import Image
-from extra.errors import UserError
-from extra.training.checkpoint import checkpoints, metadata, whole_file
-from extra.training.panels import beside_target, boxed_image
-from extra.training.pictures import truth_and_prediction
+from tinydet.errors import UserError
+from tinydet.weights.checkpoint import checkpoints, metadata, whole_file
+from tinydet.reporting.panels import beside_target, boxed_image
+from tinydet.reporting.pictures import truth_and_prediction
 
 try: import fcntl
 except ImportError: fcntl = None   # Windows: nothing keeps a second process out

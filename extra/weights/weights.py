@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from extra.errors import UserError
-from extra.models import resnet, retinanet
-from extra.nn.init import assign
-from extra.training import checkpoint, pretrained, torch_file
+from tinydet.errors import UserError
+from tinydet.models import resnet, retinanet
+from tinydet.nn.init import assign
+from tinydet.weights import checkpoint, pretrained, torch_file
 
 SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
 WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # where a training checkpoint keeps its weights; averages come first

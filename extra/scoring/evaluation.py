@@ -3,9 +3,9 @@ from typing import Any
 from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from tinygrad import Tensor
-from extra.detection.anchors import level_sizes
-from extra.detection.coco_metric import CocoMetric
-from extra.detection.postprocess import Detections, detect, to_original
+from tinydet.detection.anchors import level_sizes
+from tinydet.scoring.coco_metric import CocoMetric
+from tinydet.detection.postprocess import Detections, detect, to_original
 
 
 def evaluate(predict: Callable[[Any], tuple[Tensor, Tensor]], batches: Iterable[Any], anchors: Mapping[tuple[int, int], Tensor],

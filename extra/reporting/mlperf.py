@@ -9,10 +9,9 @@ import logging, os, re, time
 from pathlib import Path
 from typing import Any
 from tinygrad import Device
-from extra.errors import UserError
-from extra.training.optim import WARMUP_FACTOR
-from extra.training.published import PUBLISHED, changed
-from extra.training.tracking import warn
+from tinydet.errors import UserError
+from tinydet.reporting.forecast import PUBLISHED, changed
+from tinydet.reporting.tracking import warn
 
 CLASSES, EVAL_PICTURES, TARGET = 264, 24_781, 0.34   # of OpenImages as MLPerf has it; PUBLISHED["mlperf"] has its training pictures
 CACHES = Path("/proc/sys/vm/drop_caches")
@@ -22,9 +21,9 @@ class MLPerfLog:
   """The log of the run that begins now: the rules' clock starts here, before any data is touched. Where `on` is False, everything does nothing.
 
   `recipe` is the reference's configuration: a run that differs from it where the rules allow no choice is logged in the Open division. A run that is
-  resumed adds nothing, as the rules know of one start only."""
-  def __init__(self, config: Any, recipe: Any, on: bool):
-    self.config, self.recipe, self.logger, self.make = config, recipe, None, None
+  resumed adds nothing, as the rules know of one start only. `warmup_factor` is the share of the rate that a warm-up begins with."""
+  def __init__(self, config: Any, recipe: Any, warmup_factor: float, on: bool):
+    self.config, self.recipe, self.warmup_factor, self.logger, self.make = config, recipe, warmup_factor, None, None
     self.first, self.span = 1, "epoch" if config.eval_every == 1 else "block"
     if not on: return
     try: from mlperf_logging.mllog.mllog import MLLogger
@@ -58,7 +57,7 @@ class MLPerfLog:
     self._log("init_start", at=self.started)
     settings = {"seed": config.seed, "global_batch_size": config.bs * config.accumulate, "gradient_accumulation_steps": config.accumulate,
                 "opt_name": config.optimizer, "opt_base_learning_rate": config.lr, "opt_weight_decay": config.weight_decay,
-                "opt_learning_rate_warmup_epochs": config.warmup, "opt_learning_rate_warmup_factor": WARMUP_FACTOR}
+                "opt_learning_rate_warmup_epochs": config.warmup, "opt_learning_rate_warmup_factor": self.warmup_factor}
     for key, value in settings.items(): self._log(key, value, at=self.started)
     self._log("init_stop", at=self.started)
     self._log("run_start", at=self.started)

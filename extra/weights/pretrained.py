@@ -3,10 +3,10 @@ import contextlib, os, secrets, shutil, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from extra.cache import cache_folder
-from extra.class_names import COCO, MLPERF
-from extra.download import fetch
-from extra.errors import UserError
+from tinydet.cache import cache_folder
+from tinydet.class_names import COCO, MLPERF
+from tinydet.download import fetch
+from tinydet.errors import UserError
 
 NAMES = ("imagenet", "imagenet_v2", "coco", "mlperf")
 MOST = 2 << 30   # bytes that an archive may unpack to

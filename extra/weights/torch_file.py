@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import numpy as np
-from extra.errors import UserError
-from extra.training.checkpoint import whole_file
+from tinydet.errors import UserError
+from tinydet.weights.checkpoint import whole_file
 
 MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
 MAX_DIMENSIONS, MAX_DEPTH, MAX_MEMBERS = 16, 64, 1 << 16

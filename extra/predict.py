@@ -9,20 +9,20 @@ import numpy as np
 from PIL import Image, ImageOps
 from tinygrad import Context, Device, Tensor
 from tinygrad.nn.state import get_state_dict
-from extra import require_device
-from extra.datasets.buckets import upright_and_flat
-from extra.datasets.image import opened, to_rgb
-from extra.datasets.sample import Sample
-from extra.datasets.transforms import for_network, pad_to
-from extra.detection import postprocess, tiles
-from extra.detection.anchors import anchors, level_sizes
-from extra.errors import UserError
-from extra.models.preprocess import normalize
-from extra.training.config import show_input
-from extra.training.graphs import jit
-from extra.training.parallel import devices, replicate, to_devices
-from extra.training.precision import DTYPES
-from extra.training.weights import open_detector
+from tinydet.runtime.device import require_device
+from tinydet.datasets.buckets import upright_and_flat
+from tinydet.datasets.image import opened, to_rgb
+from tinydet.datasets.sample import Sample
+from tinydet.datasets.transforms import for_network, pad_to
+from tinydet.detection import postprocess, tiles
+from tinydet.detection.anchors import anchors, level_sizes
+from tinydet.errors import UserError
+from tinydet.models.preprocess import normalize
+from tinydet.config import show_input
+from tinydet.runtime.graphs import jit
+from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.runtime.precision import DTYPES
+from tinydet.weights.weights import open_detector
 
 LONGEST_QUEUE = 3   # batches of pictures that may wait for one before them
 READERS = 2   # threads that read and resize pictures while the network computes; Pillow does both without holding Python's lock
@@ -47,7 +47,7 @@ def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] 
       where their EXIF data says how, and the boxes belong to the upright picture.
     weights: what `--weights` takes: coco, mlperf, shapes, a file, or the folder of a run. The network is built at the first call and kept.
     classes: find only these, by name.
-    score_threshold, nms_threshold, max_detections: as in `extra.detection.postprocess.detect`.
+    score_threshold, nms_threshold, max_detections: as in `tinydet.detection.postprocess.detect`.
     tile, overlap: for small objects on large pictures, look at overlapping tiles of so many pixels too (see `Detector.stream`).
     network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype` (see `Detector`); other values build another network.
   Raises UserError for a picture or weights that cannot be read, and for a class that the weights do not know.
@@ -91,7 +91,7 @@ class Detector:
   sees in words, notes for the user, and `about` (see `open_detector`).
 
   Args:
-    weights: what `--weights` takes (see `extra.training.weights.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
+    weights: what `--weights` takes (see `tinydet.weights.weights.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
     size, max_size: (width, height) or one side in pixels, and the longer side at most, as in training; by default what the weights were trained at.
     class_names: the classes of a data set, to which the detector's own are matched by name.
     batch_size: pictures that go through the network together, divided among `gpus` devices; dtype is what it computes in.
@@ -133,8 +133,8 @@ class Detector:
     """Yield `(item, picture, found)` for each of `items` in their order, as soon as it is known.
 
     `load(item)` gives the picture, u8 [H,W,3] RGB, or None for one to pass over; it runs in other threads, a batch ahead. With `tile` (width, height)
-    a larger picture is looked at whole and in tiles of so many pixels, of which neighbours share `overlap` (see `extra.detection.tiles`); take tiles
-    in the proportions that the network was trained at. `seconds` collects the time spent in "reading" (of all threads together), "network" and
+    a larger picture is looked at whole and in tiles of so many pixels, of which neighbours share `overlap` (see `detection.tiles`); take tiles in the
+    proportions that the network was trained at. `seconds` collects the time spent in "reading" (of all threads together), "network" and
     "post-processing", and in "compiling", the detector's first batch of each canvas. The other options are those of `detect`."""
     seconds = Counter() if seconds is None else seconds
     hidden = None if classes is None else np.full(len(self.class_names), -np.inf, np.float32)   # added to the logits

@@ -18,7 +18,7 @@ from tinygrad.engine.realize import capturing
 from tinygrad.helpers import BEAM, CACHELEVEL, JIT_BATCH_SIZE, PCONTIG, ContextVar, dedup, getenv, to_tuple
 from tinygrad.schedule import memory
 from tinygrad.uop.ops import CallInfo, Ops, UOp
-from extra.cache import cache_folder
+from tinydet.cache import cache_folder
 
 FORMAT = 1                   # of the files
 MOST_BYTES = 2_000_000_000   # of all of them; the ones that were not used for longest go

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 import numpy as np
-from extra.errors import UserError
+from tinydet.errors import UserError
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "I8": "|i1", "BOOL": "|b1"}
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
