@@ -10,9 +10,9 @@ import os, sys
 from dataclasses import dataclass
 from pathlib import Path
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.config import option, parse
+from tinydet.config import named_sources, option, parse
 import numpy as np
-from tinydet.models import resnet, retinanet
+from tinydet import models
 from tinydet.weights import checkpoint, torch_file
 from tinydet.weights.weights import open_weights
 
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
   if (suffix := Path(config.out).suffix.lower()) not in WRITERS: raise UserError(f"--out {config.out}: end it with {' or '.join(WRITERS)}")
   path, tensors, about, notes = open_weights(config.weights, config.architecture)
   shapes = {key: tensor.shape for key, tensor in tensors.items()}
-  if (name := retinanet.recognise(shapes) or resnet.recognise(shapes)) is None: raise UserError(f"{path}: is no network of this project")
+  if (name := models.recognise(shapes)) is None: raise UserError(f"{path}: is no network of this project")
   # torch's batch norms count their batches, and its strict loading asks for the count; frozen norms ignore it
   for key in [k for k in tensors if k.endswith("running_var")]: tensors.setdefault(key.replace("running_var", "num_batches_tracked"), np.array(0))
   if config.half: tensors = {k: v.astype(np.float16) if v.dtype.kind == "f" else v for k, v in tensors.items()}
@@ -42,4 +42,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  with exit_on_user_error(): main(parse(Config, {}, sys.argv[1:], os.environ))
+  with exit_on_user_error(), named_sources(config := parse(Config, {}, sys.argv[1:], os.environ)): main(config)

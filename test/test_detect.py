@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinydet.datasets.files import walk
 from tinydet.datasets.shapes import Shapes
 from tinydet.detection import tiles
-from tinydet.predict import detect, detector
+from tinydet.predict import detect, predictor
 from tinydet.errors import UserError
 from tinydet.config import parse
 from tinydet.reporting.pictures import _fitting, class_color, draw_boxes
@@ -140,10 +140,10 @@ def test_sizes_mix_and_a_photo_counts_as_it_is_held(tmp_path):
 
 def test_a_detector_is_kept_until_its_file_changes(tmp_path):
   shutil.copy(SHIPPED["shapes"], path := tmp_path / "mine.safetensors")
-  first = detector(path)
-  assert detector(str(path), batch_size=1) is first
+  first = predictor(path)
+  assert predictor(str(path), batch_size=1) is first
   os.utime(path, ns=(0, 0))
-  assert detector(path) is not first
+  assert predictor(path) is not first
 
 
 # ---- sources
