@@ -1,5 +1,5 @@
 """The classifier's trainer as its user runs it: what a run leaves behind, how it goes on, what it learns, and what it says to bad input."""
-import importlib.util, json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -26,13 +26,6 @@ def trainer(folder, *flags, timeout=600):
 
 
 def metrics(folder): return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def program():
-  spec = importlib.util.spec_from_file_location("train_resnet", ROOT / "examples/train_resnet.py")
-  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-  return module
 
 
 @pytest.fixture(scope="module")
