@@ -89,7 +89,8 @@ def main(config: Config) -> None:
 
   boxes = {name: 0 for name in dataset.class_names}
   by_id = dict(zip(dataset.category_ids, dataset.class_names))
-  for annotation in truth["annotations"]: boxes[by_id[annotation["category_id"]]] += not annotation.get("iscrowd", 0)
+  for annotation in truth["annotations"]:
+    boxes[by_id[annotation["category_id"]]] += not (annotation.get("iscrowd", 0) or annotation.get("difficult", 0))
   print(f"\n{'class':24} {'boxes':>8} {'AP':>7}")
   for name, ap in sorted(result.class_ap.items(), key=lambda item: (math.isnan(item[1]), -item[1] if item[1] == item[1] else 0)):
     print(f"{name:24} {boxes[name]:8} {'     no' if math.isnan(ap) else f'{ap:7.3f}'}")

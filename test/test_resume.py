@@ -1,4 +1,4 @@
-"""What a run that goes on takes from its record, what it says, and what it refuses: settings, presets, classes, epochs, and variables of other programs."""
+"""What a run that goes on takes from its record and what it refuses: settings, presets, classes, epochs; and variables of other programs."""
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
@@ -111,8 +111,8 @@ def test_a_hand_edited_record_is_one_line(copy, text, words):
 
 
 def test_everyday_variables_are_not_settings():
-  everyday = ("DATA TARGET OUT PROJECT SOURCE SIZE NORM SPLIT JSON PRESET WEIGHTS RESUME STRICT WORKERS FLIP GROUP TAGS KEEP SCHEDULE OPTIMIZER MOMENTUM "
-              "DTYPE WIRE BACKBONE VARIANT PICTURES IMAGES CLASSES METHOD LAYER CHECK HALF STEPS").split()
+  everyday = ("DATA TARGET OUT PROJECT SOURCE SIZE NORM SPLIT JSON PRESET WEIGHTS RESUME STRICT WORKERS FLIP GROUP TAGS KEEP SCHEDULE OPTIMIZER "
+              "MOMENTUM DTYPE WIRE BACKBONE VARIANT PICTURES IMAGES CLASSES METHOD LAYER CHECK HALF STEPS").split()
   config = parse(DetectionConfig, {}, [], dict.fromkeys(everyday, "x86_64-linux"))
   assert set(config.sources.values()) == {"default"}
   bare = {field.name: variable(field) for field in DetectionConfig.__dataclass_fields__.values() if not variable(field).startswith("TINYDET_")}
@@ -175,7 +175,8 @@ def test_weights_that_are_not_finite_are_never_the_best(capsys):
 
 
 @pytest.mark.parametrize(("names", "kept", "words"), [
-  (("cat", "dog"), (0, 1), None), (("dog", "cat"), (1, 0), "in another order"), (("Dog", "cow"), (1, None), "knows Dog; the class logits of cow start anew"),
+  (("cat", "dog"), (0, 1), None), (("dog", "cat"), (1, 0), "in another order"),
+  (("Dog", "cow"), (1, None), "knows Dog; the class logits of cow start anew"),
   (("bird", "cow"), (None, None), "start anew"), (("cow", "cat", "dog"), (None, 0, 1), "knows cat, dog; the class logits of cow start anew")])
 def test_classes_are_compared_by_name(first, names, kept, words):
   from tinydet import detectors

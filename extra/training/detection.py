@@ -75,6 +75,9 @@ def open_splits(config: DetectionConfig, ranks: Ranks) -> tuple[Any, Any]:
   if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))
   if config.train_images and not embedded: splits[0] = Subset(splits[0], config.train_images)
   train_set, val_set = splits[0], splits[-1]
+  wholes = [getattr(data, "dataset", data) for data in splits]   # of subsets
+  if None in (rules := [getattr(data, "upright", False) for data in wholes]):   # one rule for a data set, from whichever part proves it
+    for data in wholes: data.upright = next((rule for rule in rules if rule is not None), None)
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
   return train_set, val_set

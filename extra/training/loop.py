@@ -148,7 +148,8 @@ def _step_of_many(parts: _Parts, calls: Iterator[int], ranks: Ranks, wire: DType
       if not due: return scalars
       if parts.accumulate > 1: pack()
       exchange[0].add()
-      return scalars | dict(zip(parts.names["update"], update().tolist()))
+      logs = update().tolist()   # whose names are known after its first call
+      return scalars | dict(zip(parts.names["update"], logs))
     return read
   return step
 
