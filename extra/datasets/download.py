@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser("python -m tinydet.datasets.download", description="Download a data set, or go on where that broke off.",
                                    epilog="TINYDET_MIRROR names a folder or URL that has the files instead.")
   parser.add_argument("name", choices=DATASETS)
-  parser.add_argument("folder", nargs="?", type=Path, help="by default where --data finds it: in TINYDET_DATA_DIR, or else in the user's cache folder")
+  parser.add_argument("folder", nargs="?", type=Path, help="by default where --data finds it: in TINYDET_DATA_DIR, or else the user's cache folder")
   parser.add_argument("--subset", type=_count, default=0, help="only the first so many pictures of each split, for trying")
   parser.add_argument("--workers", type=_count, default=32, help="pictures to fetch at once, where they come one by one (default 32)")
   args = parser.parse_args(argv)

@@ -476,7 +476,7 @@ def _errors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 def _settings(run: Record) -> dict[str, Any]:
   """The settings in two parts: what flags and variables set, with these, and the rest."""
   sources = run.environment.get("sources", {})
-  def chosen(name: str) -> bool: return name in sources and sources[name] != "default" and not str(sources[name]).startswith("preset ")
+  def chosen(name: str) -> bool: return not str(sources.get(name, "default")).startswith(("default", "the run", "preset "))
   return {"changed": [(name, value, sources[name]) for name, value in run.config.items() if chosen(name)],
           "rest": [(name, value, sources.get(name, "")) for name, value in run.config.items() if not chosen(name)], "sourced": bool(sources)}
 
