@@ -17,6 +17,7 @@ CHUNK = 128              # keys counted together when compacting: longer chunks 
 DIGIT_BITS = 4           # bits of the k-th key found by one pass over all keys
 CROWDED = 5              # classes of an anchor above the threshold, on average, from where the host looks for a level's best anchors first
 SUPPRESS_STEPS = 8       # NMS iterations between two looks at convergence from the host
+MOST_ON_DEVICE = 5000    # candidates of a picture there: each is compared with each
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Detections:
 
 def select(logits: Tensor, boxes: Tensor, anchors: Tensor | None, level_sizes: Sequence[int], sizes: np.ndarray, *, origins: np.ndarray | None = None,
            score_threshold: float = 0.05, topk: int = 1000, nms_threshold: float = 0.5, max_detections: int = 300, agnostic: bool = False,
-           sigmoid: bool = True, on_host: bool | None = None) -> Detections:
+           sigmoid: bool = True, clip: bool = True, on_host: bool | None = None) -> Detections:
   """Detections of a batch from the outputs of a head (torchvision `RetinaNet.postprocess_detections`).
 
   An image's candidates are, of each pyramid level, the best `topk` (anchor, class) pairs whose float32 score exceeds `score_threshold`. Their boxes
@@ -47,6 +48,8 @@ def select(logits: Tensor, boxes: Tensor, anchors: Tensor | None, level_sizes: S
     origins: int [B,2], row and column of its top left corner there; by default the canvas's.
     nms_threshold: 1 or more keeps all.
     agnostic: a box suppresses those of other classes too.
+    clip: cut boxes to the picture before they are compared.
+    topk: on a device at most MOST_ON_DEVICE of all levels together.
     on_host: True for the numpy form, False for the device form; by default numpy where the device is the CPU.
   """
   assert sum(level_sizes) == logits.shape[1], f"{level_sizes=} do not sum to the {logits.shape[1]} anchors"
@@ -55,12 +58,14 @@ def select(logits: Tensor, boxes: Tensor, anchors: Tensor | None, level_sizes: S
   rejected = highest_rejected_logit(score_threshold) if sigmoid else float(np.float32(score_threshold))
   corners = np.zeros_like(sizes) if origins is None else np.asarray(origins)
   windows = np.concatenate([corners, corners + sizes], 1).astype(np.float32)   # top, left, bottom, right
+  if not clip: windows[:] = np.float32([-np.inf, -np.inf, np.inf, np.inf])
   if on_host:
     values, raw = (_values(t.float().contiguous().realize()) for t in (logits, boxes))
     places = None if anchors is None else anchors.numpy()
     found = [_detect_on_host(v, r, places, level_sizes, w, rejected, topk, nms_threshold, max_detections, agnostic)
              for v, r, w in zip(values, raw, windows)]
     return _pad(*zip(*found), max_detections, sigmoid)
+  topk = min(topk, MOST_ON_DEVICE // len(level_sizes))
   candidates, suppress = _graphs(tuple(level_sizes), logits.shape, logits.dtype, boxes.dtype, device, anchors is None, rejected, topk, nms_threshold,
                                  max_detections, agnostic)
   pictures = Tensor(windows).shard_like(logits)
