@@ -4,21 +4,10 @@ Outputs are [B,3*(5+K),h,w] float32 of each level, the finest first; channels an
 `tensors_in_order` is what a `.weights` file holds one after the other."""
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 from tinygrad import Tensor
-from tinydet.models.yolo import UP, V5_ANCHORS, V7_ANCHORS, Join, Layer, LayerList, cat, layer
+from tinydet.models.layer_list import HALVED, UP, Join, Layer, LayerList, Pool, cat, layer
 from tinydet.models.yolo_blocks import Activation, Conv, joined, pyramid
 from tinydet.nn.layers import BatchNorm, Conv2d, leaky_relu, mish
-from tinydet.nn.pool import max_pool_2x2
-
-TINY_ANCHORS = ((23, 27, 37, 58, 81, 82), (81, 82, 135, 169, 344, 319))   # of the published weights: masks 1,2,3 and 3,4,5
-
-
-class Facts(NamedTuple):
-  """What decodes a network's outputs: w, h of three anchors in pixels at each stride, and how far a centre may lie outside its cell (scale_x_y)."""
-  strides: tuple[int, ...]
-  anchors: tuple[tuple[int, ...], ...]
-  scale_xy: tuple[float, ...]
 
 
 class Add:
@@ -36,19 +25,13 @@ class Scales:
   def __call__(self, x: Tensor) -> Tensor: return joined(*pyramid(x)[::-1])
 
 
-class Pool:
-  """The largest of 2x2 pixels, one step of `stride` further each."""
-  def __init__(self, stride: int): self.stride = stride
-  def __call__(self, x: Tensor) -> Tensor: return max_pool_2x2(x, self.stride)
-
-
 class Output:
   """A level's last convolution, of which nothing but the result in float32 follows."""
   def __init__(self, in_channels: int, out_channels: int): self.conv = Conv2d(in_channels, out_channels, 1)
   def __call__(self, x: Tensor) -> Tensor: return self.conv(x).float().contiguous()
 
 
-SPP, HALVED = Layer(lambda c: Scales(), 4 * 512), Layer(lambda c: Pool(2), None)
+SPP = Layer(lambda c: Scales(), 4 * 512)
 
 
 def _conv(channels: int, kernel: int = 1, stride: int = 1, act: Activation = leaky_relu, source: int = -1) -> Layer:
@@ -129,10 +112,6 @@ def _v4_tiny(num_classes: int) -> list[Layer]:
 
 NETWORKS: dict[str, Callable[[int], list[Layer]]] = {
   "yolov3": _v3, "yolov3-spp": functools.partial(_v3, spp=True), "yolov3-tiny": _v3_tiny, "yolov4": _v4, "yolov4-tiny": _v4_tiny}
-FACTS = {
-  "yolov3": Facts((8, 16, 32), V5_ANCHORS, (1, 1, 1)), "yolov3-spp": Facts((8, 16, 32), V5_ANCHORS, (1, 1, 1)),
-  "yolov3-tiny": Facts((16, 32), TINY_ANCHORS, (1, 1)), "yolov4": Facts((8, 16, 32), V7_ANCHORS, (1.2, 1.1, 1.05)),
-  "yolov4-tiny": Facts((16, 32), TINY_ANCHORS, (1.05, 1.05))}
 
 
 def tensors_in_order(network: LayerList) -> list[tuple[str, Tensor]]:

@@ -1,203 +1,117 @@
-"""The YOLO networks that are a numbered list of layers, v5 to 26, with the `state_dict` keys of their own files: `model.{number}. ...`.
-
-A family is a function from a size to the list; a comment gives a line's first number. Figures: `docs/networks.md`."""
-import functools, math
-from collections.abc import Callable, Mapping, Sequence
+"""The YOLO family's networks by name: what decodes their outputs, how they are built, and which one a set of tensors belongs to."""
+import math, re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 import numpy as np
-from tinygrad import Tensor
-from tinydet.models import yolo_blocks as blocks
-from tinydet.models.yolo_blocks import A2C2f, AConv, ADown, C2PSA, C2f, C3, Conv, ELAN, PSA, SCDown, SPPELAN, SPPF, c2f_cib, c3k2
+from tinygrad.nn.state import get_state_dict
+from tinydet.models import darknet, yolo_lists, yolov6
+from tinydet.models.layer_list import LayerList
 from tinydet.nn import init
-from tinydet.nn.pool import max_pool_2x2, upsample
 
-V5_ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 156, 198, 373, 326))      # w, h in pixels at strides 8, 16, 32
-V7_ANCHORS = ((12, 16, 19, 36, 40, 28), (36, 75, 76, 55, 72, 146), (142, 110, 192, 243, 459, 401))
-
-
-class Size(NamedTuple):
-  """What a family's list is scaled by: repeats, channels, and the most channels before that."""
-  depth: float
-  width: float
-  most: int = 1024
-
-  def channels(self, n: int) -> int: return math.ceil(min(n, self.most) * self.width / 8) * 8
-  def repeats(self, n: int) -> int: return max(round(n * self.depth), 1)
+_V5 = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 156, 198, 373, 326))
+_V4 = ((12, 16, 19, 36, 40, 28), (36, 75, 76, 55, 72, 146), (142, 110, 192, 243, 459, 401))
+# Those that the published weights of v3-tiny and v4-tiny were trained with: masks 1,2,3 and 3,4,5. Both darknets' v3-tiny.cfg says 0,1,2, which
+# gives a fraction of the published accuracy (AlexeyAB/darknet issues 1341, 4067; ultralytics/yolov3 issue 421).
+_TINY = ((23, 27, 37, 58, 81, 82), (81, 82, 135, 169, 344, 319))
+ALIKE = 0.8   # of a network's tensors that a file must have for it to be taken for that network
 
 
-class Layer(NamedTuple):
-  """One layer of a list: `make(in_channels)`, or None in place of `channels` where they stay as they come; the layers that it takes, -1 the one
-  before. Of several it gets the list."""
-  make: Callable[..., Callable]
-  channels: int | None
-  sources: tuple[int, ...] = (-1,)
+class Facts(NamedTuple):
+  """What a network's outputs mean. `decode`: "sides" (distances from the cell's centre), "v5" or "darknet" (anchors)."""
+  decode: str = "sides"
+  strides: tuple[int, ...] = (8, 16, 32)
+  bins: int = 16                     # places of a side's distribution; 1: plain numbers
+  anchors: tuple[tuple[int, ...], ...] = ()   # w, h of each stride's three, in pixels
+  scale_xy: tuple[float, ...] = ()   # of each stride, how many cells wide the places are that a centre can take
+  end2end: bool = False              # its last two outputs are a head that needs no NMS
+  nms: float = 0.7                   # IoU above which the family's own programs drop a box
+  letterbox: bool = True             # trained on pictures that keep their proportions, else on stretched ones
 
 
-def layer(block: Callable, channels: int, *args: Any, source: int = -1, **options: Any) -> Layer:
-  """`block(in_channels, channels, *args)` on layer `source`."""
-  return Layer(lambda in_channels: block(in_channels, channels, *args, **options), channels, (source,))
+_DARKNET = Facts("darknet", anchors=_V5, scale_xy=(1, 1, 1), nms=0.45, letterbox=False)
+_OWN: dict[str, Facts] = {
+  "yolov3": _DARKNET, "yolov3-spp": _DARKNET, "yolov3-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1, 1)),
+  "yolov4": _DARKNET._replace(anchors=_V4, scale_xy=(1.2, 1.1, 1.05)),
+  "yolov4-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1.05, 1.05)),
+  "yolov6n": Facts(bins=1, nms=0.65), "yolov6s": Facts(bins=1, nms=0.65), "yolov6m": Facts(bins=17, nms=0.65), "yolov6l": Facts(bins=17, nms=0.65),
+  "yolov7": Facts("v5", anchors=_V4, nms=0.65)}
+NAMES = (*darknet.NETWORKS, *yolov6.SIZES, *yolo_lists.NETWORKS)
 
 
-def cat(*sources: int) -> Layer:
-  """The channels of the layer before, then of `sources`."""
-  return Layer(lambda in_channels: Join(), None, (-1, *sources))
+def facts(name: str) -> Facts:
+  """What is known of the network `name`, one of `NAMES`."""
+  if name in _OWN: return _OWN[name]
+  if name.endswith("-classic"): return Facts("v5", anchors=_V5, nms=0.6)
+  if name.startswith("yolov10"): return Facts(end2end=True)
+  return Facts(bins=1, end2end=True) if name.startswith("yolo26") else Facts()
 
 
-class Join:
-  """Several tensors, channel after channel."""
-  def __call__(self, parts: Sequence[Tensor]) -> Tensor: return blocks.joined(*parts)
+def _made(name: str, num_classes: int) -> Any:
+  """The network `name` without values."""
+  if name in yolov6.SIZES: return yolov6.YOLOv6(yolov6.SIZES[name], num_classes)
+  return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes))
 
 
-class Double:
-  """Each pixel twice along both sides."""
-  def __call__(self, x: Tensor) -> Tensor: return upsample(x, (2 * x.shape[2], 2 * x.shape[3])).contiguous()
+def build(name: str, num_classes: int = 80, seed: int = 0) -> Any:
+  """The network `name`, one of `NAMES`, initialised from `seed`: f32 [B,3,H,W] in 0..1, sides multiples of 32, -> a tuple of float32 tensors, for
+  which see its head (`yolo_blocks.Detect`, `yolo_blocks.AnchorDetect`, `yolov6.YOLOv6`, `darknet`).
+
+  Raises ValueError for another name."""
+  if name not in NAMES: raise ValueError(f"{name!r} is no YOLO network: {', '.join(NAMES)}")
+  network = _made(name, num_classes)
+  init.initialize(network, lambda key, shape: init_rule(name, key, shape), seed)
+  return network
 
 
-class Halve:
-  """The largest of 2x2 pixels."""
-  def __call__(self, x: Tensor) -> Tensor: return max_pool_2x2(x)
+def init_rule(name: str, key: str, shape: tuple[int, ...]) -> init.Draw:
+  """What the tensor `key` of the network `name` starts from: torch's convolutions (darknet's for its own); class logits as rare objects."""
+  known, level = facts(name), int(match[1]) if (match := re.search(r"\.(\d)(\.2)?\.(weight|bias)$", key)) else 0
+  if key.endswith(("dfl.conv.weight", "detect.proj", "proj_conv.weight")): return lambda rng, shape: np.arange(math.prod(shape)).reshape(shape)
+  if key.endswith(("anchors", "anchor_grid")):
+    pixels = np.reshape(known.anchors, (-1, 3, 2)) / (np.reshape(known.strides, (-1, 1, 1)) if key.endswith("anchors") else 1)
+    return lambda rng, shape: pixels.reshape(shape)
+  if re.search(r"cv3\.\d\.2\.bias$", key): return init.constant(math.log(5 / shape[0] / (640 / known.strides[level]) ** 2))   # 5 objects a picture
+  if re.search(r"cv2\.\d\.2\.bias$", key): return init.constant(1.0 if known.bins > 1 else 2.0)
+  if re.search(r"detect\.(cls|reg)_preds", key):
+    return init.constant(0.0 if key.endswith("weight") else -math.log(99) if "cls_preds" in key else 1.0)
+  if re.fullmatch(r"model\.\d+\.m\.\d\.bias", key): return lambda rng, shape: _anchored_bias(shape[0] // 3, known.strides[level])
+  if key.endswith("gamma"): return init.constant(0.01)
+  if key.endswith("alpha"): return init.constant(1.0)
+  if len(shape) == 4: return init.uniform(math.sqrt((2 if known.decode == "darknet" else 1) / math.prod(shape[1:])))
+  return init.normalization(key)
 
 
-UP, HALF = Layer(lambda in_channels: Double(), None), Layer(lambda in_channels: Halve(), None)
+def _anchored_bias(per_anchor: int, stride: int) -> np.ndarray:
+  """[3*(5+K)]: an objectness of 8 objects a picture of 640 pixels, each of any class (Lin et al. 2017 as in YOLOv5)."""
+  bias = np.zeros((3, per_anchor))
+  bias[:, 4], bias[:, 5:] = math.log(8 / (640 / stride) ** 2), math.log(0.6 / max(per_anchor - 5.99999, 1e-5))
+  return bias.reshape(-1)
 
 
-class LayerList:
-  """A picture's batch f32 [B,3,H,W], sides multiples of 32, through a list of layers, of which the last is the head -> its outputs."""
-  def __init__(self, layers: Sequence[Layer]):
-    self.model: list[Callable] = []
-    self.sources = [tuple(s % i if s < 0 and i else s for s in entry.sources) for i, entry in enumerate(layers)]
-    channels: list[int] = []
-    for entry, sources in zip(layers, self.sources):
-      taken = [channels[s] if channels else 3 for s in sources]
-      self.model.append(entry.make(taken if len(taken) > 1 else taken[0]))
-      channels.append(entry.channels or sum(taken))
-
-  def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-    outputs: list[Any] = []
-    for module, sources in zip(self.model, self.sources):
-      taken = [outputs[s] for s in sources] if outputs else [x]
-      outputs.append(module(taken if len(taken) > 1 else taken[0]))
-    return outputs[-1]
-
-
-def _head(*sources: int, **options: Any) -> Callable[[int], Layer]:
-  return lambda num_classes: Layer(lambda in_channels: blocks.Detect(in_channels, num_classes, **options), None, sources)
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | None:
+  """(name, number of classes) of the network whose tensors have these names and shapes, most of them at least; None if it is none of `NAMES`."""
+  if (num_classes := count_classes(shapes)) is None: return None
+  first = next((shapes[key] for key in ("model.0.conv.weight", "backbone.stem.rbr_dense.conv.weight", "backbone.stem.block.conv.weight")
+                if key in shapes), None)
+  if not first: return None
+  last = max((int(key.split(".")[1]) for key in shapes if re.match(r"model\.\d+\.", key)), default=None)
+  best, found = ALIKE, None
+  for name in NAMES:
+    if name not in yolov6.SIZES:   # a list's length and first width are known before its layers are made
+      layers = {**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes)
+      if last != len(layers) - (2 if name in darknet.NETWORKS else 1) or layers[0].channels != first[0]: continue
+    elif last is not None: continue
+    wanted = {key: t.shape for key, t in get_state_dict(_made(name, num_classes)).items() if not key.endswith("num_batches_tracked")}
+    alike = sum(shapes.get(key) == shape for key, shape in wanted.items()) / len(wanted)
+    if alike > best: best, found = alike, (name, num_classes)
+  return found
 
 
-def _anchor_head(*sources: int, grid: bool) -> Callable[[int], Layer]:
-  return lambda num_classes: Layer(lambda in_channels: blocks.AnchorDetect(in_channels, num_classes, grid), None, sources)
-
-
-def _v5(size: Size, head: Callable[[int], Layer], num_classes: int) -> list[Layer]:
-  c, n = size.channels, size.repeats
-  return [Layer(lambda _: Conv(3, c(64), 6, 2, padding=2), c(64)), layer(Conv, c(128), 3, 2), layer(C3, c(128), n(3)),
-          layer(Conv, c(256), 3, 2), layer(C3, c(256), n(6)), layer(Conv, c(512), 3, 2), layer(C3, c(512), n(9)),                   # 3
-          layer(Conv, c(1024), 3, 2), layer(C3, c(1024), n(3)), layer(SPPF, c(1024)),                                               # 7
-          layer(Conv, c(512)), UP, cat(6), layer(C3, c(512), n(3), False), layer(Conv, c(256)), UP, cat(4),                         # 10
-          layer(C3, c(256), n(3), False), layer(Conv, c(256), 3, 2), cat(14), layer(C3, c(512), n(3), False),                       # 17
-          layer(Conv, c(512), 3, 2), cat(10), layer(C3, c(1024), n(3), False), head(num_classes)]                                   # 21
-
-
-def _v8(size: Size, num_classes: int) -> list[Layer]:
-  c, n = size.channels, size.repeats
-  return [layer(Conv, c(64), 3, 2), layer(Conv, c(128), 3, 2), layer(C2f, c(128), n(3), True), layer(Conv, c(256), 3, 2),
-          layer(C2f, c(256), n(6), True), layer(Conv, c(512), 3, 2), layer(C2f, c(512), n(6), True), layer(Conv, c(1024), 3, 2),    # 4
-          layer(C2f, c(1024), n(3), True), layer(SPPF, c(1024)), UP, cat(6), layer(C2f, c(512), n(3)),                              # 8
-          UP, cat(4), layer(C2f, c(256), n(3)), layer(Conv, c(256), 3, 2), cat(12), layer(C2f, c(512), n(3)),                       # 13
-          layer(Conv, c(512), 3, 2), cat(9), layer(C2f, c(1024), n(3)), _head(15, 18, 21)(num_classes)]                             # 19
-
-
-class _V9(NamedTuple):
-  """A size of YOLOv9: channels of the stem, of the blocks at strides 4, 8, 16 and 32, of the backbone's at stride 8, and of the neck's steps down."""
-  stem: int
-  widths: tuple[int, int, int, int]
-  wide: int
-  steps: tuple[int, int]
-  repeats: int
-  plain_first: bool = False   # the first block is of plain convolutions
-  down: Callable = AConv
-
-
-def _v9(size: _V9, num_classes: int) -> list[Layer]:
-  (w2, w3, w4, w5), down = size.widths, size.down
-  def elan(width: int, channels: int | None = None) -> Layer: return layer(ELAN, channels or width, width, width // 2, size.repeats)
-  first = layer(ELAN, w2, w2, w2 // 2) if size.plain_first else elan(128, w2)
-  return [layer(Conv, size.stem, 3, 2), layer(Conv, 2 * size.stem, 3, 2), first, layer(down, w3 if down is AConv else w2),
-          elan(w3, size.wide), layer(down, w4 if down is AConv else size.wide), elan(w4), layer(down, w5), elan(w5),                # 4
-          layer(SPPELAN, w5, w5 // 2), UP, cat(6), elan(w4), UP, cat(4), elan(w3), layer(down, size.steps[0]), cat(12), elan(w4),   # 9
-          layer(down, size.steps[1]), cat(9), elan(w5), _head(15, 18, 21)(num_classes)]                                             # 19
-
-
-def _v10(size: Size, inverted: Mapping[int, bool], num_classes: int) -> list[Layer]:
-  """`inverted`: the numbers of the C2f that are made of `CIB`s, and whether with a large kernel."""
-  c, n = size.channels, size.repeats
-  def c2f(number: int, channels: int, repeats: int, shortcut: bool = False) -> Layer:
-    if number in inverted: return layer(c2f_cib, c(channels), n(repeats), True, inverted[number])
-    return layer(C2f, c(channels), n(repeats), shortcut)
-  return [layer(Conv, c(64), 3, 2), layer(Conv, c(128), 3, 2), c2f(2, 128, 3, True), layer(Conv, c(256), 3, 2), c2f(4, 256, 6, True),
-          layer(SCDown, c(512)), c2f(6, 512, 6, True), layer(SCDown, c(1024)), c2f(8, 1024, 3, True), layer(SPPF, c(1024)),         # 5
-          layer(PSA, c(1024)), UP, cat(6), c2f(13, 512, 3), UP, cat(4), c2f(16, 256, 3), layer(Conv, c(256), 3, 2),                 # 10
-          cat(13), c2f(19, 512, 3), layer(SCDown, c(512)), cat(10), c2f(22, 1024, 3),                                               # 18
-          _head(16, 19, 22, light=True, end2end=True)(num_classes)]
-
-
-def _v11(size: Size, deep: bool, num_classes: int, v26: bool = False) -> list[Layer]:
-  """`deep`: C3k in all blocks, as m, l and x have it. `v26`: what YOLO26 changed."""
-  c, n = size.channels, size.repeats
-  def block(channels: int, is_deep: bool, expansion: float = 0.5) -> Layer: return layer(c3k2, c(channels), n(2), is_deep or deep, expansion)
-  last = layer(c3k2, c(1024), 1, True, 0.5, True) if v26 else block(1024, True)
-  return [layer(Conv, c(64), 3, 2), layer(Conv, c(128), 3, 2), block(256, False, 0.25), layer(Conv, c(256), 3, 2), block(512, False, 0.25),
-          layer(Conv, c(512), 3, 2), block(512, True), layer(Conv, c(1024), 3, 2), block(1024, True), layer(SPPF, c(1024), v26),    # 5
-          layer(C2PSA, c(1024), n(2)), UP, cat(6), block(512, v26), UP, cat(4), block(256, v26), layer(Conv, c(256), 3, 2),         # 10
-          cat(13), block(512, v26), layer(Conv, c(512), 3, 2), cat(10), last,                                                       # 18
-          _head(16, 19, 22, light=True, **({"bins": 1, "end2end": True} if v26 else {}))(num_classes)]
-
-
-def _v12(size: Size, deep: bool, large: bool, num_classes: int) -> list[Layer]:
-  """`deep` as in `_v11`; `large`: l and x scale the blocks' outputs and have narrower MLPs."""
-  c, n = size.channels, size.repeats
-  def areas(channels: int, repeats: int, areas: int) -> Layer: return layer(A2C2f, c(channels), n(repeats), areas, large, 1.2 if large else 2.0)
-  return [layer(Conv, c(64), 3, 2), layer(Conv, c(128), 3, 2), layer(c3k2, c(256), n(2), deep, 0.25), layer(Conv, c(256), 3, 2),
-          layer(c3k2, c(512), n(2), deep, 0.25), layer(Conv, c(512), 3, 2), areas(512, 4, 4), layer(Conv, c(1024), 3, 2),           # 4
-          areas(1024, 4, 1), UP, cat(6), areas(512, 2, 0), UP, cat(4), areas(256, 2, 0), layer(Conv, c(256), 3, 2), cat(11),        # 8
-          areas(512, 2, 0), layer(Conv, c(512), 3, 2), cat(8), layer(c3k2, c(1024), n(2), True),                                    # 17
-          _head(14, 17, 20, light=True)(num_classes)]
-
-
-def _v7(num_classes: int) -> list[Layer]:
-  def elan(width: int, out_channels: int) -> list[Layer]:
-    return [layer(Conv, width), layer(Conv, width, source=-2), *[layer(Conv, width, 3)] * 4, cat(-3, -5, -6), layer(Conv, out_channels)]
-  def wide(width: int) -> list[Layer]:
-    return [layer(Conv, width), layer(Conv, width, source=-2), *[layer(Conv, width // 2, 3)] * 4, cat(-2, -3, -4, -5, -6), layer(Conv, width)]
-  def down(width: int, *also: int) -> list[Layer]:
-    return [HALF, layer(Conv, width), layer(Conv, width, source=-3), layer(Conv, width, 3, 2), cat(-3, *also)]
-  return [layer(Conv, 32, 3), layer(Conv, 64, 3, 2), layer(Conv, 64, 3), layer(Conv, 128, 3, 2), *elan(64, 256),
-          *down(128), *elan(128, 512), *down(256), *elan(256, 1024), *down(512), *elan(256, 1024),                                  # 12
-          layer(blocks.SPPCSPC, 512), layer(Conv, 256), UP, layer(Conv, 256, source=37), cat(-2), *wide(256),                       # 51
-          layer(Conv, 128), UP, layer(Conv, 128, source=24), cat(-2), *wide(128), *down(128, 63), *wide(256),                       # 64
-          *down(256, 51), *wide(512), layer(blocks.RepConvN, 256, source=75), layer(blocks.RepConvN, 512, source=88),               # 89
-          layer(blocks.RepConvN, 1024, source=101), _anchor_head(102, 103, 104, grid=True)(num_classes)]
-
-
-_V5_HEAD, _V5_CLASSIC = _head(17, 20, 23), _anchor_head(17, 20, 23, grid=False)
-_V5 = {"n": Size(.33, .25), "s": Size(.33, .5), "m": Size(.67, .75), "l": Size(1, 1), "x": Size(1.33, 1.25)}
-_V8 = {"n": Size(.33, .25), "s": Size(.33, .5), "m": Size(.67, .75, 768), "l": Size(1, 1, 512), "x": Size(1, 1.25, 512)}
-_V9S = {"t": _V9(16, (32, 64, 96, 128), 64, (48, 64), 3, True), "s": _V9(32, (64, 128, 192, 256), 128, (96, 128), 3, True),
-        "m": _V9(32, (128, 240, 360, 480), 240, (184, 240), 1), "c": _V9(64, (256, 256, 512, 512), 512, (256, 512), 1, down=ADown)}
-_V10 = {"n": (Size(.33, .25), {22: True}), "s": (Size(.33, .5), {8: True, 22: True}),
-        "m": (Size(.67, .75, 768), {8: False, 19: False, 22: False}), "b": (Size(.67, 1, 512), {8: False, 13: False, 19: False, 22: False}),
-        "l": (Size(1, 1, 512), {8: False, 13: False, 19: False, 22: False}),
-        "x": (Size(1, 1.25, 512), {6: False, 8: False, 13: False, 19: False, 22: False})}
-_V11 = {"n": Size(.5, .25), "s": Size(.5, .5), "m": Size(.5, 1, 512), "l": Size(1, 1, 512), "x": Size(1, 1.5, 512)}   # and 12's, 26's
-
-# Of each name the list of layers for a number of classes.
-NETWORKS: dict[str, Callable[[int], list[Layer]]] = {
-  **{f"yolov5{k}": functools.partial(_v5, size, _V5_HEAD) for k, size in _V5.items()},
-  **{f"yolov5{k}-classic": functools.partial(_v5, size, _V5_CLASSIC) for k, size in _V5.items()},
-  "yolov7": _v7,
-  **{f"yolov8{k}": functools.partial(_v8, size) for k, size in _V8.items()},
-  **{f"yolov9{k}": functools.partial(_v9, size) for k, size in _V9S.items()},
-  **{f"yolov10{k}": functools.partial(_v10, *size) for k, size in _V10.items()},
-  **{f"yolo11{k}": functools.partial(_v11, size, k in "mlx") for k, size in _V11.items()},
-  **{f"yolo12{k}": functools.partial(_v12, size, k in "mlx", k in "lx") for k, size in _V11.items()},
-  **{f"yolo26{k}": functools.partial(_v11, size, k in "mlx", v26=True) for k, size in _V11.items()}}
+def count_classes(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+  """The number of classes of the YOLO head among tensors of these names and shapes; None where there is none."""
+  for pattern, anchored in ((r"model\.\d+\.cv3\.0\.2\.bias", False), (r"detect\.cls_preds\.0\.bias", False), (r"model\.\d+\.m\.0\.bias", True),
+                            (r"model\.\d+\.conv\.bias", True)):
+    if key := next((key for key in shapes if re.fullmatch(pattern, key) and len(shapes[key]) == 1), None):
+      size = shapes[key][0]
+      return size if not anchored else size // 3 - 5 if size % 3 == 0 and size > 15 else None
+  return None

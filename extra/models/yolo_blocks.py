@@ -2,7 +2,6 @@
 
 All take x [B,`in_channels`,H,W] and give [B,`out_channels`,H,W], or half the sides where they have a stride of 2. `in_channels` comes first and
 `out_channels` second in each, so that a network can be a list of blocks (see `tinydet.models.yolo`)."""
-import math
 from collections.abc import Callable, Sequence
 from tinygrad import Tensor
 from tinydet.nn.layers import BatchNorm, Conv2d, silu
@@ -181,7 +180,7 @@ class Attention:
     self.proj, self.pe = Conv(channels, channels, act=None), depthwise(channels, act=None)
 
   def __call__(self, x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     q, k, v = self.qkv(x).reshape(batch, self.heads, 2 * self.narrow + self.wide, height * width).split([self.narrow, self.narrow, self.wide], 2)
     return self.proj((attend(q, k, v).reshape(x.shape) + self.pe(v.reshape(x.shape).contiguous())).contiguous())
 
@@ -228,7 +227,7 @@ class AreaAttention:
     self.pe = depthwise(channels, 7, act=None)
 
   def __call__(self, x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     # an area's pixels are neighbours in memory: areas become heads
     qkv = self.qkv(x).reshape(batch, self.heads, 3, HEAD_WIDTH, self.areas, height * width // self.areas).permute(2, 0, 1, 4, 3, 5)
     q, k, v = (part.reshape(batch, self.heads * self.areas, HEAD_WIDTH, -1) for part in qkv.contiguous())
@@ -376,8 +375,3 @@ class AnchorDetect:
     if grid: self.anchor_grid = Tensor.empty(len(in_channels), 1, 3, 1, 1, 2).is_param_(False)
 
   def __call__(self, levels: Sequence[Tensor]) -> tuple[Tensor, ...]: return tuple(conv(x).float().contiguous() for conv, x in zip(self.m, levels))
-
-
-def class_bias(num_classes: int, stride: int) -> float:
-  """The class logit a cell starts from: five objects a picture of 640 pixels."""
-  return math.log(5 / num_classes / (640 / stride) ** 2)

@@ -2,11 +2,9 @@
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
-import numpy as np
 from tinygrad import Tensor
 from tinydet.models.yolo_blocks import Activation, Conv, branch_outputs, joined, norm, pyramid, through
 from tinydet.nn.layers import Conv2d, ConvTranspose2x2, silu
-from tinydet.nn.init import assign
 
 BINS = 17   # 0..16: places of a side's distribution
 
