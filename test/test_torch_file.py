@@ -574,7 +574,8 @@ def settled(tmp_path, content):
     tracemalloc.stop()
     assert peak < 4 * len(content) + (20 << 20)
   def plain(node):
-    assert type(node) in (dict, list, tuple, set, str, bytes, int, float, bool, type(None), np.ndarray)
+    if type(node) is torch_file.Module: node = {**node.tensors, **node.about}
+    assert type(node) in (torch_file.Inert, dict, list, tuple, set, str, bytes, int, float, bool, type(None), np.ndarray)
     for part in [*node, *node.values()] if isinstance(node, dict) else node if isinstance(node, (list, tuple, set)) else (): plain(part)
   plain(value)
   return value
