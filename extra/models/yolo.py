@@ -1,5 +1,5 @@
 """The YOLO family's networks by name: what decodes their outputs, how they are built, and which one a set of tensors belongs to."""
-import math, re
+import functools, math, re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 import numpy as np
@@ -46,8 +46,8 @@ def facts(name: str) -> Facts:
   return Facts(bins=1, end2end=True) if name.startswith("yolo26") else Facts()
 
 
-def _made(name: str, num_classes: int) -> Any:
-  """The network `name` without values."""
+def made(name: str, num_classes: int) -> Any:
+  """The network `name` without values: only names and shapes are sure."""
   if name in yolov6.SIZES: return yolov6.YOLOv6(yolov6.SIZES[name], num_classes)
   return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes))
 
@@ -58,9 +58,15 @@ def build(name: str, num_classes: int = 80, seed: int = 0) -> Any:
 
   Raises ValueError for another name."""
   if name not in NAMES: raise ValueError(f"{name!r} is no YOLO network: {', '.join(NAMES)}")
-  network = _made(name, num_classes)
+  network = made(name, num_classes)
   init.initialize(network, lambda key, shape: init_rule(name, key, shape), seed)
   return network
+
+
+@functools.lru_cache(maxsize=len(NAMES))
+def shapes_of(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+  """The names and shapes of the network's tensors, but for those that only count batches."""
+  return {key: t.shape for key, t in get_state_dict(made(name, num_classes)).items() if not key.endswith("num_batches_tracked")}
 
 
 def init_rule(name: str, key: str, shape: tuple[int, ...]) -> init.Draw:
@@ -101,7 +107,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | None:
       layers = {**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes)
       if last != len(layers) - (2 if name in darknet.NETWORKS else 1) or layers[0].channels != first[0]: continue
     elif last is not None: continue
-    wanted = {key: t.shape for key, t in get_state_dict(_made(name, num_classes)).items() if not key.endswith("num_batches_tracked")}
+    wanted = shapes_of(name, num_classes)
     alike = sum(shapes.get(key) == shape for key, shape in wanted.items()) / len(wanted)
     if alike > best: best, found = alike, (name, num_classes)
   return found
