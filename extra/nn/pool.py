@@ -1,5 +1,5 @@
 """Pictures at half and at twice the size: max pooling that carries its own gradient, and the nearest neighbour."""
-import math
+import functools, math
 from tinygrad import Tensor
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp
@@ -36,6 +36,35 @@ def max_pool(x: Tensor) -> Tensor:
 
   out = function(forward, grad_fxn=gradient)(x).contiguous()
   return out
+
+
+def max_pool_same(x: Tensor, size: int) -> Tensor:
+  """[B,C,H,W] -> the same shape: the largest of the `size` x `size` window (odd) around each pixel; outside the picture there is nothing.
+
+  First along rows, then along columns: 2 `size` comparisons in place of their product, which carry their gradients themselves."""
+  return _windows(_windows(x, 2, size // 2, size - 1 - size // 2), 3, size // 2, size - 1 - size // 2)
+
+
+def max_pool_2x2(x: Tensor, stride: int = 2) -> Tensor:
+  """The largest of 2x2 pixels: [B,C,H,W] of even sides -> [B,C,H/2,W/2], or with `stride` 1 the same shape, where a window that reaches over the
+  right or lower edge sees nothing there (darknet pads with -FLT_MAX)."""
+  b, c, h, w = x.shape
+  if stride == 2: return x.reshape(b, c, h // 2, 2, w // 2, 2).max((3, 5)).contiguous()
+  return _windows(_windows(x, 2, 0, 1), 3, 0, 1)
+
+
+def _windows(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+  """The largest of each element, the `before` in front of it and the `after` behind it along `axis`."""
+  length = x.shape[axis]
+  padded = x.pad(tuple((before, after) if d == axis else None for d in range(x.ndim)), value=-math.inf)
+  views = [padded.shrink(tuple((i, i + length) if d == axis else None for d in range(x.ndim))) for i in range(before + after + 1)]
+  return functools.reduce(Tensor.maximum, views).contiguous()
+
+
+def mean_pool_2x2(x: Tensor) -> Tensor:
+  """[B,C,H,W] -> [B,C,H-1,W-1]: the mean of each 2x2 window, stride 1."""
+  rows = x[:, :, 1:] + x[:, :, :-1]
+  return ((rows[..., 1:] + rows[..., :-1]) * 0.25).contiguous()
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
