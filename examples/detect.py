@@ -59,8 +59,8 @@ class Config:
   variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
   classes: tuple | None = option(None, "find only these, as cat,dog", parse=words, show=",".join, group="model")
   score_threshold: float = option(0.05, "drop detections that score less", minimum=0, maximum=1, group="model")
-  nms_threshold: float = option(0.5, "drop detections that overlap a better one of their class with an IoU above this", minimum=0, maximum=1,
-                                group="model")
+  nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
+                                       "detector's own", minimum=0, maximum=1, group="model")
   max_detections: int = option(300, "most detections a picture", minimum=1, group="model")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="model")
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="model")

@@ -38,8 +38,8 @@ class Config:
   weights: str = option("shapes", "shapes (ships with the code), coco, mlperf, a .safetensors or .pth file, or the folder of a run", group="model")
   variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
   score_threshold: float = option(0.05, "drop detections that score less", minimum=0, maximum=1, group="model")
-  nms_threshold: float = option(0.5, "drop detections that overlap a better one of their class with an IoU above this", minimum=0, maximum=1,
-                                group="model")
+  nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
+                                       "detector's own", minimum=0, maximum=1, group="model")
   max_detections: int = option(300, "most detections a picture", minimum=1, group="model")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="model")
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="model")
@@ -59,7 +59,7 @@ def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
         f"{', '.join(predictor.devices)}")
   if len(buckets.canvases) > 1: print(f"{buckets}; each compiles when it first comes")
   predictor.place(buckets.canvases)
-  options = {key: value for key in ("score_threshold", "nms_threshold", "max_detections") if (value := getattr(config, key)) is not None}
+  options = {key: getattr(config, key) for key in ("score_threshold", "nms_threshold", "max_detections")}
   done, started = 0, time.monotonic()
   def watch(batch, detections) -> None:
     nonlocal done

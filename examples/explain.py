@@ -215,7 +215,8 @@ def main(config: Config) -> None:
     if videos: raise UserError(f"{videos[0]}: is a video or a camera; explain pictures, such as frames of it")
     pictures = [(str(file), lambda file=file: read_picture(file)) for file in files[:config.images or None]]
 
-  found_by = Predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size)   # its own: --check changes the weights
+  found_by = Predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size,
+                       fold=False)   # its own: --check changes the weights
   network = Network(found_by.detector, config.layer)
   found_by.place(found_by.fit.canvases())
   for note in found_by.notes: print(f"note: {note}")

@@ -4,10 +4,10 @@
   python examples/export.py --weights runs/mine --out mine.onnx --outputs detections --no-preprocess
   python examples/export.py --weights runs/mine --out mine.pth
 
-The file's name says which. An ONNX file takes any number of pictures of one size and is run once in onnxruntime on a picture (--check) and compared
-before it gets its name (pip install -e '.[onnx]'). Its inputs: images u8 [batch,H,W,3] RGB, or without pre-processing f32 [batch,3,H,W] as the network
-takes them. Its outputs: what the network says (raw), boxes [batch,N,4] xyxy pixels and scores [batch,N,K] of all candidates (decoded), or rows of
-picture, x1, y1, x2, y2, score, class (detections), best first for each class, after non-maximum suppression where the detector needs any.
+The file's name says which. An ONNX file takes any number of pictures of one size; it is run once in onnxruntime on a picture (--check) and compared
+before it gets its name (pip install -e '.[onnx]'). It takes images u8 [batch,H,W,3] RGB, or without pre-processing f32 [batch,3,H,W] as the network
+does, and gives what the network says (raw), boxes [batch,N,4] xyxy pixels and scores [batch,N,K] of all candidates (decoded), or rows of picture,
+x1, y1, x2, y2, score, class (detections), after non-maximum suppression where the detector needs any.
 
 For torch, of the network that this program names (K classes):
 
@@ -20,7 +20,7 @@ from tinydet.config import named_sources, option, parse, show_size, size as pars
 from tinydet.datasets.shapes import Shapes
 from tinydet.detectors import open_detector
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.onnx import compare, write_onnx
+from tinydet.export import compare, write_onnx
 from tinydet.predict import read_picture
 from tinydet.weights.weights import WRITERS, export_weights
 

@@ -20,6 +20,7 @@ from tinydet.runtime.graphs import jit
 from tinydet.runtime.precision import DTYPES
 
 LONGEST_QUEUE = 3   # batches of pictures that may wait for one before them
+TILES_NMS = 0.5     # IoU above which boxes of neighbouring tiles are taken for one, unless a threshold is given
 READERS = 2   # threads that read and resize pictures while the network computes; Pillow does both without holding Python's lock
 Item = TypeVar("Item")
 
@@ -33,7 +34,7 @@ class Found(NamedTuple):
 
 
 def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] | None = None, score_threshold: float = 0.3,
-           nms_threshold: float = 0.5, max_detections: int = 300, tile: int | tuple[int, int] | None = None, overlap: float = 0.2,
+           nms_threshold: float | None = None, max_detections: int = 300, tile: int | tuple[int, int] | None = None, overlap: float = 0.2,
            **network: Any) -> list[Found]:
   """Find objects on pictures: `for box, score, name in zip(found.boxes, found.scores, found.names)` for each `found` of the list returned.
 
@@ -42,7 +43,7 @@ def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] 
       where their EXIF data says how, and the boxes belong to the upright picture.
     weights: what `--weights` takes: coco, mlperf, shapes, a file, or the folder of a run. The network is built at the first call and kept.
     classes: find only these, by name.
-    score_threshold, nms_threshold, max_detections: as in `postprocess.select`.
+    score_threshold, nms_threshold, max_detections: as in `postprocess.select`; the second is by default the detector's own.
     tile, overlap: for small objects on large pictures, look at overlapping tiles of so many pixels too (see `Predictor.stream`).
     network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype` (see `Predictor`); other values build another network.
   Raises UserError for a picture or weights that cannot be read, and for a class that the weights do not know.
@@ -90,14 +91,16 @@ class Predictor:
     size, max_size: (width, height) or one side in pixels, and the longer side at most, as in training; by default what the weights were trained at.
     class_names: the classes of a data set, to which the detector's own are matched by name.
     batch_size: pictures that go through the network together, divided among `gpus` devices; dtype is what it computes in.
+    fold: make the network faster (see `Detector.fold`), unless its tensors are asked for by name.
   Raises UserError.
   """
   def __init__(self, weights: str, *, variant: str = "v1", size: int | tuple[int, int] | None = None, max_size: int | None = None,
-               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32"):
+               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32", fold: bool = True):
     require_device()
     self.devices, self.batch_size, self.dtype = devices(gpus), batch_size, DTYPES[dtype]
     if batch_size % gpus: raise UserError(f"--bs {batch_size}: is not a multiple of --gpus {gpus}")
     self.detector, self.about, self.notes = open_detector(weights, variant, None if class_names is None else list(class_names))
+    if fold: self.detector.fold()
     self.class_names = self.about.get("class_names") or [f"class {label}" for label in range(self.detector.num_classes)]
     self.category_ids = self.about.get("category_ids") or list(range(1, self.detector.num_classes + 1))
     trained_at = self.about.get("size")
@@ -128,7 +131,7 @@ class Predictor:
     return found
 
   def stream(self, items: Iterable[Item], load: Callable[[Item], np.ndarray | None], *, classes: Sequence[str] | None = None,
-             score_threshold: float = 0.05, nms_threshold: float = 0.5, max_detections: int = 300, tile: tuple[int, int] | None = None,
+             score_threshold: float = 0.05, nms_threshold: float | None = None, max_detections: int = 300, tile: tuple[int, int] | None = None,
              overlap: float = 0.2, seconds: Counter | None = None) -> Iterator[tuple[Item, np.ndarray | None, Found]]:
     """Yield `(item, picture, found)` for each of `items` in their order, as soon as it is known.
 
@@ -162,7 +165,7 @@ class Predictor:
     def ready() -> Iterator[tuple[Item, np.ndarray | None, Found]]:
       while waiting and None not in waiting[0].found:
         picture, begun = waiting.popleft(), time.monotonic()
-        found = picture.join(nms_threshold, max_detections)
+        found = picture.join(TILES_NMS if nms_threshold is None else nms_threshold, max_detections)
         seconds["post-processing"] += time.monotonic() - begun
         yield picture.item, picture.image, Found(*found, [self.class_names[label] for label in found[2]])
 

@@ -2,7 +2,7 @@
 import numpy as np, pytest
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from tinydet.detection import yolo as decoding
+from tinydet.detection import postprocess, yolo as decoding
 from tinydet.detectors import yolo as detectors
 from tinydet.errors import UserError
 from tinydet.models import yolo, yolo_blocks, yolov6
@@ -41,7 +41,7 @@ def count(name):
   head = network.model[-1] if hasattr(network, "model") else None
   if hasattr(head, "one2one_cv2"): del head.cv2, head.cv3
   x, work = Tensor.empty(1, 3, side, side), []
-  def conv2d(x, weight, bias=None, stride=1, padding=0, groups=1, dtype=None):
+  def conv2d(x, weight, bias=None, stride=1, padding=0, groups=1, dtype=None, silu=False):
     h, w = ((s + 2 * padding - weight.shape[2]) // stride + 1 for s in x.shape[2:])
     work.append(2 * h * w * weight.numel())
     return Tensor.empty(x.shape[0], weight.shape[0], h, w)
@@ -112,7 +112,7 @@ def test_the_first_values(name):
   if name != "yolov3-tiny": assert found.scores.max() < 0.05
   anchors = detector.anchors().numpy() if detector.facts.anchors else None
   if name == "yolov7": np.testing.assert_allclose(anchors.reshape(-1), [v for level in detector.facts.anchors for v in level], rtol=1e-6)
-  with pytest.raises(ValueError, match="no multiple of 32"): detector.predict(np.zeros((1, 64, 90, 3), np.uint8))
+  with pytest.raises(UserError, match="multiples of 32, such as 96"): detector.predict(np.zeros((1, 64, 90, 3), np.uint8))
 
 
 def test_unknown_names():
@@ -209,9 +209,10 @@ def test_nms_is_by_class_and_greedy(on_host):
   """A box that is itself dropped drops none; another class's box drops none (TinyYolo's faults 10)."""
   boxes = np.float32([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10], [0, 0, 10, 10]])[None]
   scores = np.float32([[0.9, 0], [0.8, 0], [0.7, 0], [0, 0.6]])[None]
-  found = decoding.select(Tensor(boxes), Tensor(scores), score_threshold=0.25, nms_threshold=0.4, on_host=on_host)
+  options = {"sigmoid": False, "clip": False, "nms_threshold": 0.4, "on_host": on_host}
+  found = postprocess.select(Tensor(scores), Tensor(boxes), None, [4], np.array([[10, 18]]), score_threshold=0.25, **options)
   assert found.counts.tolist() == [3] and found.anchors[0, :3].tolist() == [0, 2, 3] and found.labels[0, :3].tolist() == [0, 0, 1]
-  none = decoding.select(Tensor(boxes), Tensor(scores), score_threshold=0.95, on_host=on_host)
+  none = postprocess.select(Tensor(scores), Tensor(boxes), None, [4], np.array([[10, 18]]), score_threshold=0.95, **options)
   assert none.counts.tolist() == [0] and not none.scores.any() and (none.labels == -1).all()
 
 
@@ -220,8 +221,9 @@ def test_both_forms_of_selection_agree():
   corners = rng.random((2, 400, 2)) * 90
   boxes = np.concatenate([corners, corners + 5 + rng.random((2, 400, 2)) * 40], -1).astype(np.float32)
   scores = (rng.random((2, 400, 5)) ** 3).astype(np.float32)
-  options = {"score_threshold": 0.4, "max_detections": 50}
-  host, device = (decoding.select(Tensor(boxes), Tensor(scores), on_host=on_host, **options) for on_host in (True, False))
+  options = {"score_threshold": 0.4, "max_detections": 50, "nms_threshold": 0.7, "topk": 30_000, "sigmoid": False, "clip": False}
+  host, device = (postprocess.select(Tensor(scores), Tensor(boxes), None, [400], np.full((2, 2), 150), on_host=on_host, **options)
+                  for on_host in (True, False))
   for field in ("counts", "labels", "anchors", "boxes", "scores"): np.testing.assert_array_equal(getattr(host, field), getattr(device, field), field)
   assert host.counts.min() == 50
 

@@ -2,16 +2,11 @@
 
 A candidate is a cell of a level, or an anchor there. Levels come one after the other, the finest first; in a level anchors are slowest, then rows,
 then columns. Boxes are xyxy in pixels of the canvas, and may reach over its edge."""
-import functools
 from collections.abc import Sequence
 import numpy as np
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 from tinydet.detection import postprocess
-from tinydet.detection.boxes import iou
 from tinydet.detection.postprocess import Detections
-
-MOST_CANDIDATES = 30_000   # of a picture that NMS looks at on the host, as the official programs do
-TOPK = 1024                # of a picture that NMS looks at on a device
 
 
 def cells(canvas: tuple[int, int], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -87,67 +82,11 @@ def best_pairs(boxes: Tensor, scores: Tensor, count: int, threshold: float = -1.
           valid.where(pairs % classes, -1).cast(dtypes.int32).contiguous(), cell.cast(dtypes.int32).contiguous())
 
 
-def select(boxes: Tensor, scores: Tensor, *, score_threshold: float = 0.001, nms_threshold: float | None = 0.7, max_detections: int = 300,
-           best_class_only: bool = False, on_host: bool | None = None) -> Detections:
-  """Detections of a batch from all candidates' boxes f32 [B,N,4] and scores f32 [B,N,K].
-
-  A picture's pairs of a candidate and a class whose score exceeds `score_threshold` (with `best_class_only` the best class of each) are taken best
-  first; one that overlaps a taken one of its class with an IoU above `nms_threshold` goes; the best `max_detections` stay. With `nms_threshold` None
-  nothing overlaps: `best_pairs`, of `max_detections`. Equal scores: the earlier candidate, then class.
-
-  `on_host` True is the numpy form, which looks at 30,000 pairs of a picture; False that of tinygrad, in fixed shapes, which looks at 1,024 pairs of
-  the best 1,024 candidates; by default numpy where the device is the CPU."""
-  device = scores.device if isinstance(scores.device, str) else scores.device[0]
-  if best_class_only: scores = (scores == scores.max(-1, keepdim=True)).where(scores, -1)
-  if nms_threshold is None:
-    pairs = best_pairs(boxes.float(), scores.float(), max_detections, score_threshold)
-    Tensor.realize(*pairs)
-    found = [t.numpy() for t in pairs]
-    return _padded([tuple(part[i][found[2][i] >= 0] for part in found) for i in range(len(boxes))], max_detections)
-  if device.startswith("CPU") if on_host is None else on_host:
-    boxes, scores = (t.float().numpy() for t in (boxes, scores))
-    return _padded([_select_on_host(b, s, score_threshold, nms_threshold, max_detections) for b, s in zip(boxes, scores)], max_detections)
-  candidates, suppress = _graphs(boxes.shape, scores.shape, scores.device, score_threshold, nms_threshold, max_detections)
-  *state, keep = candidates(boxes.float().contiguous().realize(), scores.float().contiguous().realize())
-  while True:
-    keep, converged, *result = suppress(*state, keep)
-    if converged.numpy().all(): break
-  *parts, counts = (t.numpy() for t in result)
-  return _padded([tuple(part[i][:count] for part in parts) for i, count in enumerate(counts)], max_detections)
-
-
-def _padded(found: list[tuple[np.ndarray, ...]], most: int) -> Detections:
-  """Detections of boxes, scores, labels and candidates of each picture."""
-  batch, counts = len(found), np.array([len(scores) for _, scores, _, _ in found], np.int32)
-  result = Detections(np.zeros((batch, most, 4), np.float32), np.zeros((batch, most), np.float32), np.full((batch, most), -1, np.int32), counts,
-                      np.full((batch, most), -1, np.int32))
-  for i, (n, parts) in enumerate(zip(counts, found)):
-    result.boxes[i, :n], result.scores[i, :n], result.labels[i, :n], result.anchors[i, :n] = parts
-  return result
-
-
-def _select_on_host(boxes: np.ndarray, scores: np.ndarray, threshold: float, nms_threshold: float, limit: int) -> tuple[np.ndarray, ...]:
-  flat = scores.reshape(-1)
-  index = postprocess._largest(flat, np.flatnonzero(flat > np.float32(threshold)), MOST_CANDIDATES)
-  index = index[np.argsort(-flat[index], kind="stable")]
-  candidate, labels = np.divmod(index, scores.shape[1])
-  keep = postprocess._nms(boxes[candidate], labels, nms_threshold, limit)
-  return boxes[candidate[keep]], flat[index[keep]], labels[keep], candidate[keep]
-
-
-@functools.lru_cache(maxsize=32)
-def _graphs(boxes_shape: tuple, scores_shape: tuple, device: str | tuple[str, ...], score_threshold: float, nms_threshold: float,
-            max_detections: int) -> tuple[TinyJit, TinyJit]:
-  """Captured graphs of the device form; the arguments are all that shapes them."""
-  def candidates(boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
-    boxes, scores, labels, cells = best_pairs(boxes, scores, TOPK, score_threshold)
-    n = -(-boxes.shape[1] // 32) * 32   # whole words of bits
-    fill = lambda t, value=0: t.pad((None, (0, n - t.shape[1]), *[None] * (t.ndim - 2)), value=value).contiguous()
-    boxes, scores, labels, cells = fill(boxes), fill(scores), fill(labels, -1), fill(cells)
-    position = Tensor.arange(n)
-    suppresses = (iou(boxes, boxes) > nms_threshold) & (labels.unsqueeze(2) == labels.unsqueeze(1)) & \
-                 (position.reshape(1, 1, n) < position.reshape(1, n, 1))
-    return boxes, scores, labels, cells, postprocess._pack(suppresses).contiguous(), (labels >= 0).contiguous()
-  graphs = TinyJit(candidates), TinyJit(functools.partial(postprocess._suppress, max_detections=min(max_detections, TOPK)))
-  for graph in graphs: graph.cnt = 1   # captured at the first call
-  return graphs
+def best(boxes: Tensor, scores: Tensor, count: int, threshold: float) -> Detections:
+  """Detections of a one-to-one head: what `best_pairs` gives, as numpy arrays."""
+  Tensor.realize(*(pairs := best_pairs(boxes.float(), scores.float(), count, threshold)))
+  found_boxes, found_scores, labels, candidates = (t.numpy() for t in pairs)
+  counts, more = (labels >= 0).sum(1).astype(np.int32), ((0, 0), (0, count - labels.shape[1]))
+  there = np.pad(labels >= 0, more)
+  boxes, labels = np.pad(found_boxes, (*more, (0, 0))) * there[..., None], np.pad(labels, more, constant_values=-1)
+  return Detections(boxes, np.pad(found_scores, more), labels, counts, np.where(there, np.pad(candidates, more), -1).astype(np.int32))

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from tinydet import models
-from tinydet.detectors import retinanet
+from tinydet.detectors import retinanet, yolo
 from tinydet.detectors.detector import Detector, Predicted, Preprocessing
 from tinydet.errors import UserError
 from tinydet.weights import weights
 
 __all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "build", "known_names", "open_detector", "recognise", "start"]
-FAMILIES = [retinanet]
+FAMILIES = [retinanet, yolo]
 
 
 def known_names() -> list[str]:
@@ -52,19 +52,18 @@ def open_detector(name: str, variant: str = "v1", class_names: Sequence[str] | N
     kind = models.recognise(shapes)
     what = f"is a classifier, {kind}" if kind else f"is no detector of this project, its first tensors are {weights.some(sorted(shapes))}"
     raise UserError(f"{path}: {what}; give the weights of a detector")
-  built, num_classes, options = found
-  about |= {"model": built, "weights": str(path)}
-  labels = None
+  detector = build(found[0], found[1], **found[2])
+  notes += weights.fit(detector.network, tensors, path)
+  detector.assume(about)
+  about |= {"weights": str(path)}
+  if detector.usual_size is not None: about.setdefault("size", list(detector.usual_size))
+  if detector.class_names is not None: about.setdefault("class_names", detector.class_names)
   if class_names is not None:
-    labels = _labels(path, class_names, about.get("class_names"), num_classes)
+    labels = _labels(path, class_names, about.get("class_names"), detector.num_classes)
     if unknown := [n for n, label in zip(class_names, labels) if label is None]:
       notes.append(f"{path.name}: never learnt {weights.some(unknown)}: not to be found")
     about |= {"class_names": list(class_names), "category_ids": None}
-    num_classes = len(class_names)
-  detector = build(built, num_classes, **options)
-  if labels is not None: tensors = weights.select_classes(tensors, detector.network.class_rows, labels)
-  notes += weights.fit(detector.network, tensors, path)
-  detector.assume(about)
+    detector.choose(labels)
   return detector, about | detector.about(), notes
 
 

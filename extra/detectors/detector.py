@@ -1,5 +1,5 @@
 """What every program asks of a detector, whatever its network. A family is a file beside this one, with a subclass that says what only it knows."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 import numpy as np
@@ -41,9 +41,12 @@ class Detector:
   preprocessing: Preprocessing = Preprocessing()
   multiple: ClassVar[int] = 1                          # sides of a canvas are multiples of it
   sigmoid: ClassVar[bool] = True                       # whether the scores of `candidates` are logits
+  usual_size: tuple[int, int] | None = None            # (width, height) where weights do not say what they were trained at
+  class_names: list[str] | None = None                 # of its published weights
   assigners: ClassVar[tuple[str, ...]] = ()
   recipe: ClassVar[Mapping[str, Any]] = {}             # its own defaults of a trainer's settings
-  selection: ClassVar[Mapping[str, Any]] = {}          # its own defaults of `postprocess.select`
+  selection: Mapping[str, Any] = {}                    # its own defaults of `postprocess.select`; None for no suppression at all
+  chosen: np.ndarray | None = None                     # f32 [own classes,K], where it is asked for others than its own (see `choose`)
   stages: ClassVar[Mapping[str, tuple[str, ...]]] = {} # from the output down: a part's name -> how its tensors' names begin
 
   def fit(self, size: tuple[int, int], max_size: int = 0) -> Fit:
@@ -97,7 +100,23 @@ class Detector:
     also has the options). `hidden` f32 [K] is added to the logits, -inf for classes not to be found."""
     scores, boxes = self.candidates(outputs, canvas)
     if hidden is not None: scores = scores + hidden if self.sigmoid else (hidden < 0).where(0, scores)
-    return postprocess.select(scores, boxes, None, [scores.shape[1]], sizes, origins=origins, sigmoid=self.sigmoid, **{**self.selection, **options})
+    return postprocess.select(scores, boxes, None, [scores.shape[1]], sizes, origins=origins, sigmoid=self.sigmoid, **self.options(options))
+
+  def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a selection: `given` ones that are not None, else the detector's own."""
+    return {**self.selection, **{key: value for key, value in given.items() if value is not None}}
+
+  def choose(self, labels: Sequence[int | None]) -> None:
+    """From now on answer for other classes: number i is class `labels[i]` of its own, or one that it never finds (None)."""
+    self.chosen = np.zeros((self.num_classes, len(labels)), np.float32)
+    for i, label in enumerate(labels):
+      if label is not None: self.chosen[label, i] = 1
+    self.num_classes = len(labels)
+
+  def of_classes(self, scores: Tensor) -> Tensor:
+    """Scores [B,N,own classes] in 0..1 as those of the classes asked for, [B,N,K]."""
+    if self.chosen is None: return scores
+    return scores @ Tensor(self.chosen).to(scores.device)
 
   def class_scores(self, outputs: Outputs, canvas: Canvas) -> Tensor:
     """What an explanation differentiates: scores or logits [B,N,K] of all candidates."""
@@ -114,6 +133,9 @@ class Detector:
     self.fit(images.shape[2:0:-1])
     scores, boxes = self.candidates(self.infer(Tensor(np.ascontiguousarray(images)).realize()), images.shape[1:3])
     return Predicted(boxes.float().numpy(), (scores.float().sigmoid() if self.sigmoid else scores.float()).numpy())
+
+  def fold(self) -> None:
+    """Make the network faster for good, where there is a way: it computes the same, and is no longer for training."""
 
   def freeze(self, trainable_layers: int) -> None:
     """Leave the last `trainable_layers` stages of the backbone to learn, and fix the rest."""

@@ -1,4 +1,5 @@
 """RetinaNet (Lin et al. 2017) as a detector: nine anchors a place, focal loss, one of three box losses."""
+from collections.abc import Sequence
 from typing import Any, ClassVar
 import numpy as np
 from tinygrad import Tensor
@@ -8,6 +9,7 @@ from tinydet.detection.losses import detection_losses
 from tinydet.detection.matcher import match
 from tinydet.detectors.detector import Canvas, Detector, Outputs
 from tinydet.models import resnet, retinanet
+from tinydet.weights.weights import select_classes
 
 NAMES = tuple(f"retinanet_{backbone}_fpn{variant}" for backbone in resnet.BACKBONES for variant in ("", "_v2"))
 
@@ -55,10 +57,18 @@ class RetinaNet(Detector):
              **options: Any) -> postprocess.Detections:
     logits, deltas = outputs   # of the candidates, only the best of each level are decoded
     if hidden is not None: logits = logits + hidden.to(logits.device)
-    return postprocess.select(logits, deltas, self.anchors(canvas), anchors.level_sizes(*canvas), sizes, origins=origins, **options)
+    return postprocess.select(logits, deltas, self.anchors(canvas), anchors.level_sizes(*canvas), sizes, origins=origins, **self.options(options))
 
   def level_of(self, row: int, canvas: Canvas) -> str:
     return f"P{anchors.LEVELS[int(np.searchsorted(np.cumsum(anchors.level_sizes(*canvas)), row, side='right'))]}"
+
+  def choose(self, labels: Sequence[int | None]) -> None:
+    """As in `Detector`, by the weights themselves: of hundreds of classes the others cost nothing then."""
+    head, rows = self.network.head.classification_head, self.network.class_rows
+    key = "head.classification_head.cls_logits."
+    chosen = select_classes({f"{key}{part}": getattr(head.cls_logits, part).numpy() for part in ("weight", "bias")}, rows, labels)
+    head.cls_logits.weight, head.cls_logits.bias = (Tensor(chosen[f"{key}{part}"]) for part in ("weight", "bias"))
+    head.per_anchor = self.num_classes = self.network.num_classes = len(labels)
 
   def freeze(self, trainable_layers: int) -> None: retinanet.freeze(self.network, trainable_layers)
 

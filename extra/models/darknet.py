@@ -27,6 +27,7 @@ class Scales:
 
 class Output:
   """A level's last convolution, of which nothing but the result in float32 follows."""
+  anchored = True   # its rows are three anchors' x, y, w, h, objectness, classes
   def __init__(self, in_channels: int, out_channels: int): self.conv = Conv2d(in_channels, out_channels, 1)
   def __call__(self, x: Tensor) -> Tensor: return self.conv(x).float().contiguous()
 

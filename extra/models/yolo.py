@@ -26,15 +26,18 @@ class Facts(NamedTuple):
   end2end: bool = False              # its last two outputs are a head that needs no NMS
   nms: float = 0.7                   # IoU above which the family's own programs drop a box
   letterbox: bool = True             # trained on pictures that keep their proportions, else on stretched ones
+  backbone: int = 10                 # layers of its list that come before the neck
+  side: int = 640                    # of the pictures that its published weights are scored on
 
 
-_DARKNET = Facts("darknet", anchors=_V5, scale_xy=(1, 1, 1), nms=0.45, letterbox=False)
+_DARKNET = Facts("darknet", anchors=_V5, scale_xy=(1, 1, 1), nms=0.45, letterbox=False, backbone=75, side=608)
 _OWN: dict[str, Facts] = {
-  "yolov3": _DARKNET, "yolov3-spp": _DARKNET, "yolov3-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1, 1)),
-  "yolov4": _DARKNET._replace(anchors=_V4, scale_xy=(1.2, 1.1, 1.05)),
-  "yolov4-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1.05, 1.05)),
+  "yolov3": _DARKNET, "yolov3-spp": _DARKNET,
+  "yolov3-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1, 1), backbone=13, side=416),
+  "yolov4": _DARKNET._replace(anchors=_V4, scale_xy=(1.2, 1.1, 1.05), backbone=105),
+  "yolov4-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1.05, 1.05), backbone=27, side=416),
   "yolov6n": Facts(bins=1, nms=0.65), "yolov6s": Facts(bins=1, nms=0.65), "yolov6m": Facts(bins=17, nms=0.65), "yolov6l": Facts(bins=17, nms=0.65),
-  "yolov7": Facts("v5", anchors=_V4, nms=0.65)}
+  "yolov7": Facts("v5", anchors=_V4, nms=0.65, backbone=51)}
 NAMES = (*darknet.NETWORKS, *yolov6.SIZES, *yolo_lists.NETWORKS)
 
 
@@ -42,14 +45,15 @@ def facts(name: str) -> Facts:
   """What is known of the network `name`, one of `NAMES`."""
   if name in _OWN: return _OWN[name]
   if name.endswith("-classic"): return Facts("v5", anchors=_V5, nms=0.6)
-  if name.startswith("yolov10"): return Facts(end2end=True)
-  return Facts(bins=1, end2end=True) if name.startswith("yolo26") else Facts()
+  if name.startswith("yolov10"): return Facts(end2end=True, backbone=11)
+  if name.startswith("yolo26"): return Facts(bins=1, end2end=True, backbone=11)
+  return Facts(backbone={"yolo11": 11, "yolo12": 9}.get(name[:6], 10))
 
 
 def made(name: str, num_classes: int) -> Any:
   """The network `name` without values: only names and shapes are sure."""
   if name in yolov6.SIZES: return yolov6.YOLOv6(yolov6.SIZES[name], num_classes)
-  return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes))
+  return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes), facts(name).backbone)
 
 
 def build(name: str, num_classes: int = 80, seed: int = 0) -> Any:

@@ -182,4 +182,11 @@ class YOLOv6:
     self.backbone, self.neck = _Backbone(size, body), _Neck(size, body, neck)
     self.detect = _Head((neck[1], neck[3], neck[5]), num_classes, not size.expansion)
 
+  class_branches = ()   # widths do not follow the number of classes
+
+  @property
+  def class_rows(self) -> dict[str, tuple[int, int]]:
+    """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
+    return {f"detect.cls_preds.{i}.{part}": (1, 0) for i in range(len(self.detect.cls_preds)) for part in ("weight", "bias")}
+
   def __call__(self, x: Tensor) -> tuple[Tensor, ...]: return self.detect(self.neck(*self.backbone(x)))

@@ -135,8 +135,8 @@ class Graph:
                      **({} if kind is Ops.ADD else {"axes": list(range(count))}))
 
   def _cast(self, u: UOp) -> str:
-    to = {dtypes.bool: self.types.BOOL, dtypes.uint8: self.types.UINT8}.get(u.dtype, self.types.FLOAT if dtypes.is_float(u.dtype) else self.types.INT64)
-    return self.node("Cast", [self.value(u.src[0])], to=to)
+    number = self.types.FLOAT if dtypes.is_float(u.dtype) else self.types.INT64
+    return self.node("Cast", [self.value(u.src[0])], to={dtypes.bool: self.types.BOOL, dtypes.uint8: self.types.UINT8}.get(u.dtype, number))
 
   def _arithmetic(self, u: UOp) -> str:
     if u.op in UNARY: return self.node(UNARY[u.op], [self.value(u.src[0])])
@@ -156,7 +156,8 @@ class Graph:
     return self.store(array.astype(np.float32 if dtypes.is_float(dtype) else np.bool_ if dtype is dtypes.bool else np.int64))
 
 
-def to_onnx(function: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int, int], dtype: Any, name: str = "images") -> tuple[Graph, dict[str, str]]:
+def to_onnx(function: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, int, int], dtype: Any,
+            name: str = "images") -> tuple[Graph, dict[str, str]]:
   """Trace `function` of a batch of the `shape` (less the batch): the graph, and the names of its results in it."""
   images = Tensor.empty(BATCH, *shape, dtype=dtype)
   graph = Graph({name: images})
@@ -203,14 +204,16 @@ def _operators(graph: Graph) -> Iterator[None]:
     kernel = weight.shape[2:]
     sides = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], kernel)]
     tensors = [x, weight, *([] if bias is None else [bias.reshape(-1)])]
-    out = note("Conv", tensors, (x.shape[0], weight.shape[0], *sides), strides=[stride] * 2, pads=[padding] * 4, group=groups, kernel_shape=list(kernel))
+    out = note("Conv", tensors, (x.shape[0], weight.shape[0], *sides), strides=[stride] * 2, pads=[padding] * 4, group=groups,
+               kernel_shape=list(kernel))
     return out * sigmoid(out) if silu else out
 
   def max_pool2d(x: Tensor, kernel_size: Any = (2, 2), stride: Any = None, dilation: int = 1, padding: Any = 0, ceil_mode: bool = False,
                  return_indices: bool = False) -> Tensor:
     k = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
     s = k if stride is None else (stride,) * 2 if isinstance(stride, int) else tuple(stride)
-    left, right, top, bottom = (padding,) * 4 if isinstance(padding, int) else tuple(padding) if len(padding) == 4 else (*(padding[1],) * 2, *(padding[0],) * 2)
+    pads = (padding,) * 2 if isinstance(padding, int) else tuple(padding)
+    left, right, top, bottom = pads if len(pads) == 4 else (pads[1], pads[1], pads[0], pads[0])
     sides = [(side + low + high - size) // step + 1 for side, low, high, size, step in zip(x.shape[2:], (top, left), (bottom, right), k, s)]
     return note("MaxPool", [x], (*x.shape[:2], *sides), kernel_shape=list(k), strides=list(s), pads=[top, left, bottom, right])
 

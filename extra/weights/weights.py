@@ -9,8 +9,10 @@ from tinydet.errors import UserError
 from tinydet import models
 from tinydet.models import retinanet
 from tinydet.nn.init import assign
-from tinydet.weights import checkpoint, pretrained, torch_file
+from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yolo_published, yolo_weights
 
+WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
+           ".safetensors": checkpoint.save}   # of plain files of weights, by suffix
 SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
 WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # where a training checkpoint keeps its weights; averages come first
 EPS = 1e-5   # what a norm layer adds to its variance
@@ -22,11 +24,28 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor | np.ndarray], metadat
   checkpoint.save(path, {k: a.astype(np.float16) if half and a.dtype == np.float32 else a for k, a in arrays.items()}, metadata)
 
 
+def export_weights(name: str, architecture: str, out: str | Path, half: bool = False) -> tuple[str, dict[str, np.ndarray], list[str]]:
+  """Write the weights `--weights name` as one plain file, of which the suffix, one of WRITERS, says the format. Returns the network's name, what was
+  written, and notes. UserError where it is no network of this project."""
+  path, tensors, about, notes = open_weights(name, architecture)
+  if (network := models.recognise({key: tensor.shape for key, tensor in tensors.items()})) is None:
+    raise UserError(f"{path}: is no network of this project")
+  # torch's batch norms count their batches, and its strict loading asks for the count; frozen norms ignore it
+  for key in [k for k in tensors if k.endswith("running_var")]: tensors.setdefault(key.replace("running_var", "num_batches_tracked"), np.array(0))
+  if half: tensors = {k: v.astype(np.float16) if v.dtype.kind == "f" else v for k, v in tensors.items()}
+  WRITERS[Path(out).suffix.lower()](Path(out), tensors, about | {"model": network})
+  return network, tensors, notes
+
+
 def find(name: str, architecture: str) -> tuple[Path, dict]:
   """The file behind `--weights name` for the network `architecture`, and what is known of it beside what it says itself.
 
   `name` is a key of SHIPPED, a published name (downloaded if need be), a file, or the folder of a run (its best weights). UserError otherwise."""
   if name in SHIPPED: return SHIPPED[name], {}
+  if name in yolo_published.PUBLISHED:
+    path, notes = yolo_published.fetch_published(name)
+    for note in notes: print(f"note: {note}")
+    return path, yolo_published.about(name)
   if name in pretrained.NAMES:
     entry = pretrained.published(name, architecture)
     return pretrained.fetch_published(entry), pretrained.about(entry)
@@ -44,9 +63,13 @@ def find(name: str, architecture: str) -> tuple[Path, dict]:
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
   """The weights in a file, under torchvision's current keys; its metadata, {} where it has none; and what a user should know, one line each.
 
-  Reads safetensors (of a run or from elsewhere) and torch's formats, whatever the suffix, and never runs what is in them. Wrappers ("state_dict",
-  "model", averages), the prefixes of DataParallel and torch.compile, and torchvision's older names of the pyramid and heads are undone.
-  UserError where the file is broken or holds no weights."""
+  Reads safetensors (of a run or from elsewhere) and torch's formats, whole pickled models too, whatever the suffix, darknet's `.weights`, and never
+  runs what is in them. Wrappers ("state_dict", "model", averages), the prefixes of DataParallel and torch.compile, torchvision's older names of the
+  pyramid and heads, and what YOLO's authors write otherwise (see `yolo_weights.canonical`) are undone. UserError where the file is broken or holds no
+  weights."""
+  if path.suffix == ".weights":
+    network, _, tensors = darknet_file.load(path)
+    return tensors, {"model": network}, []
   with open(path, "rb") as f: start = f.read(9)
   # a safetensors file begins with its header's length, whose high bytes are 0, and a JSON object; torch's begin with "PK", a pickle or a tar entry
   if path.suffix == ".safetensors" or (start[5:8] == b"\0\0\0" and start[8:] == b"{"): tree, metadata = checkpoint.load(path)
@@ -57,10 +80,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
     tree = {k.removeprefix("model."): v for k, v in tree.items() if k.startswith("model.")} | average
   for _ in WRAPPERS:
     if not isinstance(tree, Mapping) or any(isinstance(v, np.ndarray) for v in tree.values()): break
-    wrapper = next((key for key in WRAPPERS if isinstance(tree.get(key), Mapping)), None)
+    wrapper = next((key for key in WRAPPERS if isinstance(tree.get(key), Mapping | torch_file.Module)), None)
     if wrapper is None: break
     if "ema" in wrapper: notes.append(f"{path.name}: takes its averaged weights ({wrapper})")
     tree = tree[wrapper]
+  if isinstance(tree, torch_file.Module):
+    metadata = {"from": tree.name} | yolo_weights.about_model(tree.about)
+    tree = tree.tensors
   if not isinstance(tree, Mapping) or not any(isinstance(v, np.ndarray) for v in tree.values()):
     holds = f"holds {', '.join(map(repr, list(tree)[:5]))}" if isinstance(tree, Mapping) else f"is a {type(tree).__name__}"
     raise UserError(f"{path}: no weights found: it {holds}; save a state_dict, alone or under {', '.join(WRAPPERS)}")
@@ -69,6 +95,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
     raise UserError(f"{path}: {some(odd)} among its weights is no tensor")
   for prefix in ("module.", "_orig_mod.", "module."):
     if all(k.startswith(prefix) for k in tree): tree = {k.removeprefix(prefix): v for k, v in tree.items()}
+  if yolo_weights.is_yolo(tree):
+    tree, more = yolo_weights.canonical(tree)
+    notes += [f"{path.name}: {line}" for line in more]
   return {retinanet.current_key(k): v for k, v in tree.items()}, metadata if isinstance(metadata, dict) else {}, notes
 
 
@@ -98,7 +127,11 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
   own = {k: wanted[k].numpy() for k in rows}
   if rows: tensors, note = _fit_classes(tensors, rows, own, path, class_names, known)
   if rows and note: notes.append(note)
-  missing = [k for k in wanted if k not in tensors and not counts(k) and (not is_backbone or k.startswith(body))]
+  anew = _class_branches(model, tensors, wanted)
+  if anew: notes.append(f"{path.name}: the class branches are of another width there, {len(anew)} tensors start anew")
+  tensors = {k: v for k, v in tensors.items() if k not in anew}
+  missing = [k for k in wanted if k not in tensors and k not in anew and not counts(k) and not yolo_weights.constant(k) and
+             (not is_backbone or k.startswith(body))]
   unknown = [k for k in tensors if k not in wanted and not counts(k)]
   misshapen = [f"{k} {list(tensors[k].shape)}, here {list(t.shape)}" for k, t in wanted.items() if k in tensors and tensors[k].shape != t.shape]
   if missing or unknown or misshapen:
@@ -109,6 +142,13 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
   for key, tensor in wanted.items():
     if key in tensors: assign(tensor, tensors[key])
   return notes
+
+
+def _class_branches(model: Any, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Tensor]) -> set[str]:
+  """The tensors behind the class logits that are as wide as the number of classes has it, where that is another one in the file."""
+  prefixes = getattr(model, "class_branches", ())
+  if not prefixes: return set()
+  return {k for k, t in wanted.items() if k.startswith(prefixes) and k in tensors and tensors[k].shape != t.shape and len(t.shape) == tensors[k].ndim}
 
 
 def _fit_classes(tensors: dict[str, np.ndarray], rows: Mapping[str, tuple[int, int]], own: Mapping[str, np.ndarray], path: Path,

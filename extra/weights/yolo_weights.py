@@ -1,66 +1,11 @@
-"""Weights of the YOLO family from the files that its authors publish, by name and never in silence."""
+"""What the authors of YOLO's networks write into their files, as the networks here have it."""
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 import numpy as np
-from tinygrad.nn.state import get_state_dict
-from tinydet.errors import UserError
-from tinydet.models import yolo
-from tinydet.nn.init import assign
-from tinydet.weights import checkpoint, darknet_file, torch_file
-
-WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # where a training checkpoint keeps its weights; averages come first
 
 
-class Opened(NamedTuple):
-  """What a file of YOLO weights holds: the network's name and number of classes, its tensors under the network's names, what else is known
-  ("class_names", "stride", "from"), and what a user should know, one line each."""
-  name: str
-  num_classes: int
-  tensors: dict[str, np.ndarray]
-  about: dict[str, Any]
-  notes: list[str]
-
-
-def open_file(path: Path, name: str | None = None) -> Opened:
-  """Read a file of weights: darknet's `.weights`, torch's formats (a state dict, wrapped or not, or a whole pickled model, of which nothing is run),
-  or safetensors. `name` says which network it should be. UserError, one line, where it is broken, of no network here, or of another than `name`."""
-  if path.suffix == ".weights":
-    found, num_classes, tensors = darknet_file.load(path, name)
-    return Opened(found, num_classes, tensors, {}, [])
-  tensors, about, notes = read(path)
-  tensors, more = canonical(tensors)
-  recognised = yolo.recognise({key: value.shape for key, value in tensors.items()})
-  if recognised is None: raise UserError(f"{path}: is no YOLO network of this project; its first tensors are {_some(sorted(tensors))}")
-  if name is not None and name != recognised[0]: raise UserError(f"{path}: is of {recognised[0]}, not of {name}")
-  return Opened(*recognised, tensors, about, notes + [f"{path.name}: {line}" for line in more])
-
-
-def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
-  """The tensors in a file of torch's or of safetensors, what is known of them, and notes. Wrappers and a DataParallel's prefix are undone."""
-  with open(path, "rb") as f: start = f.read(9)
-  if path.suffix == ".safetensors" or (start[5:8] == b"\0\0\0" and start[8:] == b"{"):
-    tree, metadata = checkpoint.load(path)
-    return {key.removeprefix("model.") if key.startswith("model.model.") else key: value for key, value in tree.items()}, dict(metadata or {}), []
-  tree, notes = torch_file.load(path), []
-  for _ in WRAPPERS:
-    if not isinstance(tree, Mapping) or any(isinstance(value, np.ndarray) for value in tree.values()): break
-    wrapper = next((key for key in WRAPPERS if isinstance(tree.get(key), Mapping | torch_file.Module)), None)
-    if wrapper is None: break
-    if "ema" in wrapper: notes.append(f"{path.name}: takes its averaged weights ({wrapper})")
-    tree = tree[wrapper]
-  about: dict[str, Any] = {}
-  if isinstance(tree, torch_file.Module):
-    about = {"from": tree.name} | _about(tree.about)
-    tree = tree.tensors
-  if not isinstance(tree, Mapping) or not tree or not all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in tree.items()):
-    raise UserError(f"{path}: no weights found: neither a state_dict nor a model, alone or under {', '.join(WRAPPERS)}")
-  if all(key.startswith("module.") for key in tree): tree = {key.removeprefix("module."): value for key, value in tree.items()}
-  return dict(tree), about, notes
-
-
-def _about(attributes: dict[str, Any]) -> dict[str, Any]:
+def about_model(attributes: Mapping[str, Any]) -> dict[str, Any]:
   """Class names in label order and strides, of a pickled model's attributes, where they are what they should be."""
   known: dict[str, Any] = {}
   names, stride = attributes.get("names"), attributes.get("stride")
@@ -68,6 +13,11 @@ def _about(attributes: dict[str, Any]) -> dict[str, Any]:
   if isinstance(names, list) and names and all(isinstance(n, str) for n in names): known["class_names"] = names
   if isinstance(stride, np.ndarray) and stride.dtype.kind in "fi": known["stride"] = [float(s) for s in stride.reshape(-1)[:8]]
   return known
+
+
+def is_yolo(tensors: Mapping[str, Any]) -> bool:
+  """Whether tensors of these names are a YOLO network's: numbered layers, or meituan's parts."""
+  return any(re.match(r"(model\.)?\d+\.|backbone\.stem\.", key) for key in tensors)
 
 
 def canonical(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -129,27 +79,6 @@ def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
   return full
 
 
-def fit(network: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
-  """Assign `tensors` to `network`. UserError, in one line, names all that is missing, not known or of another shape, and a wrong number of classes;
-  nothing is assigned then."""
-  wanted = {key: t for key, t in get_state_dict(network).items() if not key.endswith("num_batches_tracked")}
-  classes = [yolo.count_classes({k: t.shape for k, t in side.items()}) for side in (tensors, wanted)]
-  if None not in classes and classes[0] != classes[1]: raise UserError(f"{path}: has {classes[0]} classes, and this network {classes[1]}")
-  lists = (("missing", [k for k in wanted if k not in tensors and not constant(k)]), ("not known here", [k for k in tensors if k not in wanted]),
-           ("of another shape", [f"{k} {list(tensors[k].shape)}, here {list(t.shape)}" for k, t in wanted.items()
-                                 if k in tensors and tensors[k].shape != t.shape]))
-  if any(keys for _, keys in lists):
-    kind = yolo.recognise({k: v.shape for k, v in tensors.items()})
-    differences = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in lists if keys)
-    raise UserError(f"{path}: {f'is {kind[0]} and ' if kind else ''}does not fit this network: {differences}")
-  for key, tensor in wanted.items():
-    if key in tensors: assign(tensor, tensors[key])
-
-
 def constant(key: str) -> bool:
   """Whether the tensor `key` is the same in every file, so that one may leave it out."""
   return key.endswith(("dfl.conv.weight", "detect.proj", "proj_conv.weight", "anchor_grid"))
-
-
-def _some(names: list[str], most: int = 10) -> str:
-  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
