@@ -31,8 +31,8 @@ class Yolo:
     self._predict = jit(self._everything)
 
   def prepare(self, images: Tensor, dtype: DType = dtypes.float32) -> Tensor:
-    """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W] in 0..1."""
-    return (images.permute(0, 3, 1, 2).cast(dtypes.float32) * (1 / 255)).cast(dtype).contiguous()
+    """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W] in 0..1. Not laid out in memory: the first convolution alone reads it."""
+    return (images.permute(0, 3, 1, 2).cast(dtypes.float32) * (1 / 255)).cast(dtype)
 
   def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
     """What `prepare` gave, sides multiples of `stride`, through the network: a tuple of f32 tensors (see the network's head)."""
