@@ -49,8 +49,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
   """2-D convolution, the same numbers as `Tensor.conv2d` and the same gradients up to the order of summation.
 
   Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW], of one dtype; `bias` [Cout] or None, of that dtype or float32. Returns [B,Cout,OH,OW] of
-  `dtype`, by default that of `x`; the bias is added before rounding to it, and with `silu` x / (1 + exp(-x)) taken of each number. Sides are cropped as torch crops them: what a stride does not reach gets
-  gradient 0. Needs padding < kernel size."""
+  `dtype`, by default that of `x`; the bias is added before rounding to it, and with `silu` x / (1 + exp(-x)) taken of each number. Sides are cropped
+  as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
   if conv_cpu.fits(x, weight):
     return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups, silu).cast(dtype or x.dtype)
   size = x.shape[2:]
