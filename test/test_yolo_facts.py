@@ -106,7 +106,8 @@ def test_folded_networks_compute_the_same(name):
 SMALL = {"C2f": lambda: yolo_blocks.C2f(8, 8, 1, True), "C3k": lambda: yolo_blocks.c3k2(8, 8, 1, True), "SPPF": lambda: yolo_blocks.SPPF(8, 8, True),
          "PSA": lambda: yolo_blocks.PSABlock(16, 2), "area": lambda: yolo_blocks.A2C2f(64, 64, 1, 2, True, 1.2),
          "ELAN": lambda: yolo_blocks.ELAN(8, 8, 8, 4, 1), "ADown": lambda: yolo_blocks.ADown(8, 8), "CIB": lambda: yolo_blocks.CIB(8, True, True),
-         "BottleRep": lambda: yolov6.BottleRep(8, lambda i, o: yolov6.Block(i, o, 3, act=layers.silu)), "ConvTranspose": lambda: layers.ConvTranspose2x2(8, 4)}
+         "BottleRep": lambda: yolov6.BottleRep(8, lambda i, o: yolov6.Block(i, o, 3, act=layers.silu)),
+         "ConvTranspose": lambda: layers.ConvTranspose2x2(8, 4)}
 
 
 @pytest.mark.parametrize("kind", SMALL)
