@@ -1,6 +1,6 @@
 """What is published of YOLO's networks, by counting; folding; selection; and the faults of TinyYolo that this house does not have."""
 import numpy as np, pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import Context, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 from tinydet.detection import postprocess, yolo as decoding
 from tinydet.detectors import yolo as detectors
@@ -101,6 +101,36 @@ def test_folded_networks_compute_the_same(name):
   fold(network)
   assert not any("running" in key or "rbr_" in key for key in get_state_dict(network))
   for a, b in zip(before, network(x), strict=True): assert abs(a - b.numpy()).max() <= 1e-4 * abs(a).max()
+
+
+SMALL = {"C2f": lambda: yolo_blocks.C2f(8, 8, 1, True), "C3k": lambda: yolo_blocks.c3k2(8, 8, 1, True), "SPPF": lambda: yolo_blocks.SPPF(8, 8, True),
+         "PSA": lambda: yolo_blocks.PSABlock(16, 2), "area": lambda: yolo_blocks.A2C2f(64, 64, 1, 2, True, 1.2),
+         "ELAN": lambda: yolo_blocks.ELAN(8, 8, 8, 4, 1), "ADown": lambda: yolo_blocks.ADown(8, 8), "CIB": lambda: yolo_blocks.CIB(8, True, True),
+         "BottleRep": lambda: yolov6.BottleRep(8, lambda i, o: yolov6.Block(i, o, 3, act=layers.silu)),
+         "ConvTranspose": lambda: layers.ConvTranspose2x2(8, 4)}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_blocks_learn(kind):
+  """The gradient of input and parameters, along one direction each, against differences of outputs; norms use the batch's statistics."""
+  block, rng = [SMALL[kind]()], np.random.default_rng(5)
+  tensors = get_state_dict(block)
+  for key, t in tensors.items(): init.assign(t, value(key, t.shape) if t.shape else np.zeros(()))
+  learnt = {"x": Tensor(rng.standard_normal((2, {"PSA": 16, "area": 64}.get(kind, 8), 4, 8)).astype(np.float32))}
+  learnt |= {key: t for key, t in tensors.items() if t.is_param}
+  start = {key: t.numpy() for key, t in learnt.items()}
+  ways = {key: rng.standard_normal(v.shape).astype(np.float32) * 0.1 for key, v in start.items()}
+  def outputs():
+    with Context(TRAINING=1): return block[0](learnt["x"])
+  upstream = rng.standard_normal(outputs().shape).astype(np.float32)
+  gradients = (outputs() * Tensor(upstream)).sum().gradient(*learnt.values())
+  Tensor.realize(*gradients)
+  slope = sum(float((g.numpy().astype(np.float64) * way).sum()) for g, way in zip(gradients, ways.values()))
+  around = []
+  for step in (0.005, -0.005):
+    for key, t in learnt.items(): t.assign(Tensor(start[key] + step * ways[key])).realize()
+    around.append((outputs().numpy().astype(np.float64) * upstream).sum())
+  assert slope == pytest.approx((around[0] - around[1]) / 0.01, rel=2e-2, abs=0.05) and abs(slope) > 0.1
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolov3-tiny", "yolov7"])
@@ -269,9 +299,9 @@ def test_yolov6_pools_and_plain_boxes():   # 6
 def test_one_to_one_heads_are_what_detects():   # 7
   detector = detectors.build("yolo26n", 2)
   outputs = tuple(Tensor.full((1, c, 336), v) for c, v in ((4, 1.0), (2, -9.0), (4, 2.0), (2, 9.0)))
-  boxes, scores = detector.candidates(outputs, (128, 128))
+  scores, boxes = detector.candidates(outputs, (128, 128))
   assert scores.numpy().min() > 0.99 and boxes[0, 0].numpy().tolist() == [-12, -12, 20, 20]
-  assert detector.detect(outputs, (128, 128)).counts.tolist() == [300]   # none dropped, though many overlap
+  assert detector.detect(outputs, (128, 128), np.array([[128, 128]])).counts.tolist() == [300]   # none dropped, though many overlap
 
 
 def test_scores_are_objectness_times_class():   # 10

@@ -3,7 +3,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
 from tinygrad.nn.state import get_parameters
 from tinydet.class_names import COCO80
 from tinydet.detection import yolo as decoding
@@ -39,6 +40,10 @@ class Yolo(Detector):
   def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs:
     if hasattr(self.network, "detect"): return self.network.detect(features if layer == "pyramid" else self.network.neck(*features))
     return self.network.rest(features, self._end(layer))
+
+  def prepare(self, images: Tensor, dtype: DType = dtypes.float32) -> Tensor:
+    """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W] in 0..1. Not laid out in memory: the first convolution alone reads it."""
+    return (images.permute(0, 3, 1, 2).cast(dtypes.float32) * (1 / 255)).cast(dtype)
 
   def _end(self, layer: str) -> int:
     return len(self.network.model) - 1 if layer == "pyramid" and self.facts.decode != "darknet" else self.network.backbone

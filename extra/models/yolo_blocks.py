@@ -36,6 +36,7 @@ class Conv:
     self.act = act
 
   def __call__(self, x: Tensor) -> Tensor:
+    if self.bn is None and self.act is silu: return self.conv(x, silu=True)
     x = self.conv(x) if self.bn is None else self.bn(self.conv(x))
     return (x if self.act is None else self.act(x)).contiguous()
 
@@ -103,7 +104,7 @@ class C2f:
 
   def __call__(self, x: Tensor) -> Tensor:
     both = self.cv1(x)
-    parts, last = [both], both[:, self.hidden:].contiguous()
+    parts, last = [both], both[:, self.hidden:]
     for block in self.m: parts.append(last := through(block, last) if isinstance(block, list) else block(last))
     return self.cv2(joined(*parts))
 
@@ -204,7 +205,7 @@ class C2PSA:
 
   def __call__(self, x: Tensor) -> Tensor:
     both = self.cv1(x)
-    return self.cv2(joined(both[:, :self.hidden], through(self.m, both[:, self.hidden:].contiguous())))
+    return self.cv2(joined(both[:, :self.hidden], through(self.m, both[:, self.hidden:])))
 
 
 class PSA(PSABlock):
@@ -216,7 +217,7 @@ class PSA(PSABlock):
 
   def __call__(self, x: Tensor) -> Tensor:
     both = self.cv1(x)
-    return self.cv2(joined(both[:, :self.hidden], super().__call__(both[:, self.hidden:].contiguous())))
+    return self.cv2(joined(both[:, :self.hidden], super().__call__(both[:, self.hidden:])))
 
 
 class AreaAttention:
@@ -273,7 +274,7 @@ class ELAN:
 
   def __call__(self, x: Tensor) -> Tensor:
     both = self.cv1(x)
-    parts = [both, both[:, self.half:].contiguous()]
+    parts = [both, both[:, self.half:]]
     for step in (self.cv2, self.cv3): parts.append(through(step if isinstance(step, list) else [step], parts[-1]))
     return self.cv4(joined(both, *parts[2:]))
 
@@ -300,7 +301,7 @@ class ADown:
 
   def __call__(self, x: Tensor) -> Tensor:
     first, second = mean_pool_2x2(x).chunk(2, 1)
-    return joined(self.cv1(first.contiguous()), self.cv2(max_pool(second.contiguous())))
+    return joined(self.cv1(first), self.cv2(max_pool(second.contiguous())))
 
 
 class SPPCSPC:

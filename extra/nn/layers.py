@@ -14,9 +14,9 @@ class Conv2d:
     self.weight = Tensor.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
     self.bias = Tensor.empty(out_channels) if bias else None
 
-  def __call__(self, x: Tensor) -> Tensor:
+  def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
     # The bias stays float32, and so its gradient, a sum over all pixels that half precision may not hold.
-    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype)
+    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype, silu)
 
 
 class Linear:
