@@ -5,7 +5,7 @@ step. Here the whole captured graph is kept, under a key of everything that it w
 import contextlib, functools, hashlib, itertools, os, pickle, platform, re, secrets, zlib
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.pool import AsyncResult
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ from tinygrad.helpers import BEAM, CACHELEVEL, JIT_BATCH_SIZE, PCONTIG, ContextV
 from tinygrad.schedule import memory
 from tinygrad.uop.ops import CallInfo, Ops, UOp
 from tinydet.cache import cache_folder
+from tinydet.runtime import clang
+from tinydet.runtime.workers import workers
 
 FORMAT = 1                   # of the files
 MOST_BYTES = 2_000_000_000   # of all of them; the ones that were not used for longest go
@@ -89,7 +91,7 @@ def _leaves(calls: UOp, op: Ops) -> list[UOp]:
 
 def _make(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], inputs: list[UOp]) -> UOp:
   parts: list[UOp] = []
-  compiling: dict[tuple, AsyncResult] = {}
+  compiling: dict[tuple, Future] = {}
   capturing.append(SimpleNamespace(add_linear=lambda linear, var_vals: parts.extend(linear.src)))
   try:
     for call, value in zip(calls.src, fused):
@@ -97,20 +99,20 @@ def _make(workspace: Workspace, fused: list[int], calls: UOp, held: set[UOp], in
       with Context(PCONTIG=value): _schedule(call)
       _start_compiling(parts[done:], compiling)
   finally: capturing.clear()
-  realize.to_program_cache.update({key: result.get()[1] for key, result in compiling.items()})
+  realize.to_program_cache.update({key: workers().result(task)[1] for key, task in compiling.items()})
   # tinygrad's planner of the memory asks for it here, and nowhere else
   with Context(JIT=2), patch.object(memory, "UOp", SimpleNamespace(new_buffer=workspace)):
     return _tinygrads_lower(UOp(Ops.LINEAR, src=tuple(parts)), held, inputs)
 
 
-def _start_compiling(kernels: list[UOp], compiling: dict[tuple, AsyncResult]) -> None:
+def _start_compiling(kernels: list[UOp], compiling: dict[tuple, Future]) -> None:
   """Give `kernels` to tinygrad's compiling processes, which are idle while the next part of a graph is scheduled. Those that BEAM is to search first
   are left to it."""
-  if BEAM or (pool := realize.get_worker_pool()) is None: return
+  if BEAM or (pool := workers()) is None: return
   settings = {var.key: var.value for var in realize.to_program_context}
   for kernel in kernels:
     if (task := realize._get_call_to_compile(kernel)) is None or (key := realize.to_program_key(*task)) in compiling: continue
-    if key not in realize.to_program_cache: compiling[key] = pool.apply_async(realize._compile_kernel, ((0, task, settings),))
+    if key not in realize.to_program_cache: compiling[key] = pool.start(realize._compile_kernel, (0, task, settings))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- the key
@@ -142,7 +144,7 @@ def _compiler() -> tuple[str, ...]:
   with contextlib.suppress(OSError):   # kernels for the CPU are compiled for this very one
     about = re.findall(r"^(?:flags|Features|model name)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     sources.update("".join(sorted(set(about))).encode())
-  return sources.hexdigest(), platform.python_version(), platform.machine(), platform.processor(), os.environ.get("CC", "")
+  return sources.hexdigest(), platform.python_version(), platform.machine(), platform.processor(), " ".join(clang.command())
 
 
 @functools.cache

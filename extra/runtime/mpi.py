@@ -11,7 +11,7 @@ from tinygrad.device import Buffer, MultiBuffer
 from tinygrad.dtype import DType, _to_np_dtype
 from tinygrad.helpers import round_up
 from tinygrad.uop.ops import UOp
-from tinydet.runtime.device import start_compilers
+from tinydet.runtime.workers import workers
 from tinydet.errors import UserError
 from tinydet.nn.init import assign
 from tinydet.runtime.cpu import share_cores
@@ -132,7 +132,7 @@ def join() -> Iterator[Ranks]:
     return
   ranks = Ranks(comm)
   share_cores(ranks.local_size)
-  start_compilers()
+  workers()
   with contextlib.ExitStack() as stack:
     if ranks.rank:
       nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
