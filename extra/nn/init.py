@@ -44,10 +44,10 @@ def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed
   the others as they were."""
   for key, tensor in get_state_dict(model).items():
     values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
-    assign(tensor, values)
+    set_values(tensor, values)
 
 
-def assign(tensor: Tensor, values: np.ndarray) -> None:
+def set_values(tensor: Tensor, values: np.ndarray) -> None:
   """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
   values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(-1)
   is_param = tensor.is_param

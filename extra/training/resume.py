@@ -5,7 +5,7 @@ from typing import Any, TextIO
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint
 from tinydet.training.optim import Optimizer
 from tinydet.runtime.mpi import ALONE, Ranks
@@ -124,4 +124,4 @@ def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], na
     raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
-  for key, tensor in wanted.items(): assign(tensor, tensors[key])
+  for key, tensor in wanted.items(): set_values(tensor, tensors[key])

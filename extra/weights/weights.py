@@ -7,7 +7,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet.models import resnet, retinanet
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint, pretrained, torch_file
 
 SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
@@ -103,7 +103,7 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> list[str]:
     raise UserError(f"{path}: {f'is a {kind} and ' if kind else ''}does not fit this network: {differences}")
   if logits: notes.append(f"{path.name}: knows other classes, {', '.join(logits)} start anew")
   for key, tensor in wanted.items():
-    if key in tensors and key not in logits: assign(tensor, tensors[key])
+    if key in tensors and key not in logits: set_values(tensor, tensors[key])
   return notes
 
 
