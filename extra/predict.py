@@ -19,7 +19,7 @@ from tinydet.detection.anchors import anchors, level_sizes
 from tinydet.errors import UserError
 from tinydet.models.preprocess import normalize
 from tinydet.config import show_input
-from tinydet.runtime.graphs import jit
+from tinydet.runtime.graphs import jit, lock
 from tinydet.runtime.devices import devices, replicate, to_devices
 from tinydet.runtime.precision import DTYPES
 from tinydet.weights.weights import open_detector
@@ -65,7 +65,8 @@ def detector(weights: str | Path, **network: Any) -> "Detector":
   files = [path, *path.glob("*.safetensors")] if path.is_dir() else [path] * path.is_file()
   network = Detector.__init__.__kwdefaults__ | network
   hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
-  return _detector(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
+  with lock:   # threads that ask for the same one share it
+    return _detector(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
 
 
 @functools.lru_cache(maxsize=2)
@@ -151,13 +152,14 @@ class Detector:
       sizes = np.full((self.batch_size, 2), canvas, np.int32)
       originals = sizes.copy()
       for row, sample in enumerate(samples): images[row], sizes[row], originals[row] = sample.image, sample.content_size, sample.original_size
-      kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
-      self._compiled.add(canvas)
-      cls_logits, bbox_regression = self._forward(to_devices(images, self.devices))
-      for name in self.devices: Device[name].synchronize()
-      seconds[kind] += (done := time.monotonic()) - begun
-      if hidden is not None: cls_logits = cls_logits + Tensor(hidden).to(cls_logits.device)
-      found = postprocess.detect(cls_logits, bbox_regression, self._anchors[canvas], level_sizes(*canvas), sizes, **options)
+      with lock:   # from here the device's memory is this thread's, until what was found is copied off
+        kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
+        self._compiled.add(canvas)
+        cls_logits, bbox_regression = self._forward(to_devices(images, self.devices))
+        for name in self.devices: Device[name].synchronize()
+        seconds[kind] += (done := time.monotonic()) - begun
+        if hidden is not None: cls_logits = cls_logits + Tensor(hidden).to(cls_logits.device)
+        found = postprocess.detect(cls_logits, bbox_regression, self._anchors[canvas], level_sizes(*canvas), sizes, **options)
       found = postprocess.to_original(found, np.maximum(sizes, 1), originals)
       for row, (picture, v) in enumerate(batch):
         n = found.counts[row]

@@ -1,5 +1,6 @@
 """Detection as its users run it and call it: what is found, where it is written, and what is said to bad input."""
 import csv, importlib.util, itertools, json, os, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest
@@ -326,3 +327,13 @@ def test_a_long_name_leaves_room_for_the_score():
   assert _fitting("cat", " 0.50", font, 100) == "cat 0.50"
   short = _fitting("Kitchen & dining room table", " 0.50", font, 100)
   assert short.startswith("Kit") and short.endswith("… 0.50") and 80 < font.getlength(short) <= 100
+
+
+def test_threads_find_what_one_finds():
+  """As a service calls it; the detector is built and its graphs captured by whoever comes first."""
+  def found_on(i: int) -> tuple[bytes, ...]:
+    found, = detect(IMAGES[i % len(IMAGES)], "shapes", score_threshold=0.1)
+    return found.boxes.tobytes(), found.scores.tobytes(), found.labels.tobytes()
+  with ThreadPoolExecutor(4) as pool: found = list(pool.map(found_on, range(200)))
+  serial = [found_on(i) for i in range(len(IMAGES))]
+  assert any(boxes for boxes, _, _ in serial) and sum(a != serial[i % len(serial)] for i, a in enumerate(found)) == 0
