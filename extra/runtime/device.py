@@ -55,7 +55,7 @@ def is_processor(device: Any) -> bool:
 
 def _keep_kernels() -> None:
   """Give tinygrad a folder of this run's own for compiled kernels where it cannot write to the user's, for it would find no device then."""
-  parts = take("tinygrad.helpers", "tinygrad.helpers:CACHEDB", "tinygrad.helpers:CACHELEVEL", "tinygrad.helpers:db_connection",
+  parts = take("tinygrad.helpers", *(f"tinygrad.helpers:{name}" for name in ("CACHEDB", "CACHELEVEL", "db_connection", "_db_connection")),
                instead="it needs a cache folder that can be written")
   if parts is None or not parts[2]: return
   helpers, file = parts[0], Path(parts[1])
@@ -66,7 +66,7 @@ def _keep_kernels() -> None:
     folder = tempfile.mkdtemp(prefix="tinydet-")   # its owner's alone
     atexit.register(_remove, folder, os.getpid())
     note(f"{file.parent} cannot be written: what is compiled is not kept for the next run; set XDG_CACHE_HOME to a folder that can be")
-    helpers.CACHEDB, helpers._db_connection = f"{folder}/cache.db", None
+    helpers.CACHEDB = f"{folder}/cache.db"
 
 
 def _remove(folder: str, owner: int) -> None:

@@ -1,12 +1,13 @@
 """What this package changes in tinygrad, done when tinygrad is imported: importing the package itself imports nothing, and sets no variables."""
-import functools, sys
+import functools, sys, threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
 def change_tinygrad() -> None:
-  """Let tinygrad compile with our clang and our processes, from now on or from when it is imported."""
+  """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
+  _when_imported("tinygrad.helpers", _cache_of_threads)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
 
@@ -19,6 +20,20 @@ def _clang(module: ModuleType) -> None:
 def _workers(module: ModuleType) -> None:
   from tinydet.runtime import workers
   workers.use_in(module)
+
+
+def _cache_of_threads(module: ModuleType) -> None:
+  """A connection to tinygrad's cache of kernels for each thread: sqlite's may not be used in another than the one that opened it."""
+  if not hasattr(module, "db_connection") or not hasattr(module, "_db_connection"): return
+  connect, connections, lock = module.db_connection, threading.local(), threading.Lock()
+  def db_connection() -> Any:
+    mine = vars(connections)
+    if (file := module.CACHEDB) not in mine:
+      with lock:
+        module._db_connection = None
+        mine[file] = connect()
+    return mine[file]
+  module.db_connection = db_connection
 
 
 def _when_imported(name: str, change: Callable[[ModuleType], None]) -> None:

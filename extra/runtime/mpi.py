@@ -13,7 +13,7 @@ from tinygrad.helpers import round_up
 from tinygrad.uop.ops import UOp
 from tinydet.runtime.workers import workers
 from tinydet.errors import UserError
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
 from tinydet.runtime.cpu import share_cores
 
 HINT = "pip install mpi4py mpich brings both"
@@ -83,7 +83,7 @@ class Ranks:
     for tensor in tensors:
       values = np.array(tensor.numpy()).reshape(-1)
       self.comm.Bcast(values)
-      if self.rank: assign(tensor, values.reshape(tensor.shape))
+      if self.rank: set_values(tensor, values.reshape(tensor.shape))
 
   def raise_together(self, error: UserError | None) -> None:
     """All: where any rank has an error, end: rank 0 with the UserError, the others silently with the same exit code."""
