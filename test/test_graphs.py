@@ -9,7 +9,8 @@ from tinygrad import Context, Device, Tensor, UOp, dtypes
 from tinygrad.uop.ops import Ops
 from tinydet.cache import cache_folder
 from tinydet.nn.init import set_values
-from tinydet.runtime import compiling, graph_file, graph_key, parts
+from tinydet import parts
+from tinydet.runtime import compiling, graph_file, graph_key
 from tinydet.runtime.graphs import jit, lock
 
 
@@ -240,7 +241,7 @@ def test_what_others_may_have_written_is_not_run(made, mode, monkeypatch, capfd)
   assert file.stat().st_mode & 0o077 == 0 and file.parent.stat().st_mode & 0o077 == 0
   if mode == "owner": monkeypatch.setattr(os, "getuid", lambda: 12345)
   else: (file.parent if mode == "folder" else file).chmod(0o777)
-  parts.note.cache_clear()
+  parts.noted.clear()
   assert run(trainer()[0]) == first and run(trainer()[0]) == first
   assert len(made) == (2 if mode == "file" else 3), "a file is replaced by one's own"
   assert capfd.readouterr().err.count("can be written by others") == 1

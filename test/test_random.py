@@ -14,7 +14,6 @@ from test_random import *
 step, _ = learner()
 random.seed(3)
 print(repr(run(step, 4)))
-from tinydet.runtime import compiling
 """
 
 
@@ -87,10 +86,9 @@ def test_a_restored_state_goes_on_to_the_bit():
 
 
 def test_another_process_draws_the_same_from_the_cache(tmp_path):
-  def process() -> list[float]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(folder=str(Path(__file__).parent))], env=os.environ | {"DEBUG": "0"}, capture_output=True,
-                          text=True, check=True)
-    return done.stdout
+  def process() -> str:
+    program = PROGRAM.format(folder=str(Path(__file__).parent))
+    return subprocess.run([sys.executable, "-c", program], env=os.environ | {"DEBUG": "0"}, capture_output=True, text=True, check=True).stdout
   first = process()
   assert process() == first and len(set(eval(first))) == 4
   assert len(list((tmp_path / "cache" / "tinydet" / "graphs").iterdir())) == 1

@@ -39,8 +39,8 @@ print("done", flush=True)
 
 
 def run(count: int, delay: float, cache: Path) -> subprocess.CompletedProcess:
-  environ = os.environ | {"PARALLEL": "2", "XDG_CACHE_HOME": str(cache), "CACHEDB": str(cache / "cache.db")}
-  return subprocess.run([sys.executable, "-c", PROGRAM, str(count), str(delay)], env=environ, capture_output=True, text=True, check=False, timeout=120)
+  environ, command = os.environ | {"PARALLEL": "2", "XDG_CACHE_HOME": str(cache), "CACHEDB": f"{cache}/cache.db"}, [sys.executable, "-c", PROGRAM]
+  return subprocess.run([*command, str(count), str(delay)], env=environ, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 from unittest.mock import patch
 from tinygrad import Context, UOp
 from tinydet.runtime.graph_file import Workspace
-from tinydet.runtime.parts import take
+from tinydet.parts import take
 from tinydet.runtime.workers import workers
 
 _ahead = take("tinygrad.engine.realize:to_program_cache", "tinygrad.engine.realize:to_program_key", "tinygrad.engine.realize:to_program_context",

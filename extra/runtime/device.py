@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 from tinydet.errors import UserError
 from tinydet.runtime import clang, workers
-from tinydet.runtime.parts import note, take
+from tinydet.parts import note, take
 
 
 def require_device() -> str:

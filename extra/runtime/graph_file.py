@@ -6,7 +6,7 @@ from typing import Any
 from tinygrad import UOp
 from tinygrad.dtype import DType
 from tinydet.cache import belongs_to_user, make_folder
-from tinydet.runtime.parts import note, take
+from tinydet.parts import note, take
 
 MOST_BYTES = 2_000_000_000   # of all of them; the ones that were not used for longest go
 FIRST = 1_000_000            # number of the first buffer in a file; a graph's inputs have lower ones

@@ -4,7 +4,7 @@ from pathlib import Path
 import tinygrad
 from tinygrad import Device, UOp
 from tinydet.runtime import clang
-from tinydet.runtime.parts import take
+from tinydet.parts import take
 
 FORMAT = 2   # of the files
 

@@ -14,7 +14,7 @@ from tinydet.cache import cache_folder
 from tinydet.runtime import compiling, graph_file, random
 from tinydet.runtime.fork import refuse_in_fork
 from tinydet.runtime.graph_key import graph_key
-from tinydet.runtime.parts import take
+from tinydet.parts import take
 
 # tinygrad's settings, what it is capturing and the memory of captured graphs are the process's, not a thread's: who holds this runs alone
 lock = threading.RLock()

@@ -24,7 +24,7 @@ def _workers(module: ModuleType) -> None:
 
 def _cache_of_threads(module: ModuleType) -> None:
   """A connection to tinygrad's cache of kernels for each thread: sqlite's may not be used in another than the one that opened it."""
-  if not hasattr(module, "db_connection") or not hasattr(module, "_db_connection"): return
+  if not hasattr(module, "db_connection") or not hasattr(module, "_db_connection") or not hasattr(module, "CACHEDB"): return
   connect, connections, lock = module.db_connection, threading.local(), threading.Lock()
   def db_connection() -> Any:
     mine = vars(connections)

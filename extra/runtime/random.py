@@ -5,7 +5,7 @@ before."""
 import zlib
 import numpy as np
 from tinygrad import Device, Tensor, dtypes
-from tinydet.runtime.parts import take
+from tinydet.parts import take
 
 _parts = take("tinygrad:Tensor._next_counter", "tinygrad:Tensor._device_seeds", "tinygrad:Tensor._device_rng_counters",
               instead="random numbers in captured graphs repeat, and are not resumed")

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
-from tinydet.runtime.parts import note
+from tinydet.parts import note, take
 
 
 MOST_TASKS = 1000   # of one process, whose memory grows with them
@@ -99,25 +99,31 @@ class Workers:
 
 
 def _begin() -> tuple[subprocess.Popen, Connection]:
-  from tinygrad.helpers import CACHEDB
   ours, theirs = Pipe()
   program = f"from tinydet.runtime.workers import serve; serve({theirs.fileno()})"
   # A process group of its own: signals to the job are the program's to act on. It ends when its connection closes.
-  process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CACHEDB": CACHEDB},
+  process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, **_environment()},
                              stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0)
   theirs.close()
   return process, ours
+
+
+def _environment() -> dict[str, str]:
+  """What a process needs to import what this one imports, and to find the same compiled kernels."""
+  return {"PYTHONPATH": os.pathsep.join(sys.path), "VIZ": "0", "TRACK_MATCH_STATS": "0"} | ({"CACHEDB": parts[1]} if (parts := _parts()) else {})
+
+
+def _parts() -> tuple[Any, ...] | None:
+  return take("tinygrad.helpers:PARALLEL", "tinygrad.helpers:CACHEDB", instead="kernels are compiled one after another")
 
 
 def serve(connection_file: int) -> None:
   """The main function of a process: do tasks until the connection closes."""
   for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
     with contextlib.suppress(AttributeError): signal.signal(getattr(signal, name), signal.SIG_IGN)
-  from tinygrad.engine.worker import _init_worker
-  import tinygrad.engine.realize   # noqa: F401, while there is nothing to do
-  _init_worker()
+  from tinygrad import Context, Device   # noqa: F401, while there is nothing to do
   connection = Connection(connection_file)
-  with contextlib.suppress(EOFError, OSError):
+  with contextlib.suppress(EOFError, OSError), Context(ALLOW_DEVICE_USAGE=0):   # devices are the program's
     while True:
       task = connection.recv_bytes()
       try:
@@ -137,10 +143,9 @@ _lock = threading.Lock()
 def workers() -> Workers | None:
   """This process's workers, started at the first call, as many as tinygrad's PARALLEL says; None where that is 0, in a fork and on Windows,
   where files cannot be passed on."""
-  from tinygrad.helpers import PARALLEL
-  if sys.platform == "win32" or PARALLEL.value == 0 or multiprocessing.current_process().daemon: return None
+  if (parts := _parts()) is None or (count := parts[0].value) == 0 or sys.platform == "win32" or multiprocessing.current_process().daemon: return None
   with _lock:
-    if not _started: _started.append(Workers(PARALLEL.value))
+    if not _started: _started.append(Workers(count))
   return _started[0] if _started[0].pid == os.getpid() else None
 
 

@@ -1,5 +1,5 @@
 """The parts of tinygrad that no document promises. Each room asks for its own here, once; where one is missing, tinygrad's plain way is taken."""
-import functools, importlib, sys
+import importlib, sys, threading
 from typing import Any
 
 
@@ -18,7 +18,13 @@ def take(*places: str, instead: str) -> tuple[Any, ...] | None:
   return tuple(found)
 
 
-@functools.cache
+noted: set[str] = set()
+_lock = threading.Lock()
+
+
 def note(text: str) -> None:
   """A line on stderr, once in a process, for what costs a run nothing but speed."""
+  with _lock:
+    if text in noted: return
+    noted.add(text)
   print(f"note: {text}", file=sys.stderr, flush=True)
