@@ -141,7 +141,9 @@ def join() -> Iterator[Ranks]:
       stack.enter_context(contextlib.redirect_stdout(nowhere))
       stack.enter_context(contextlib.redirect_stderr(nowhere))
     try: yield ranks
-    except SystemExit as e: _leave(ranks, e.code)
+    except SystemExit as e:
+      if getattr(e, "alone", False): ranks.comm.Abort(e.code)   # others may be waiting for this one
+      _leave(ranks, e.code)
     except BaseException as e:
       code = ranks.report(e)
       if ranks.ending: _leave(ranks, code)
