@@ -35,8 +35,8 @@ def fork(before: str, inside: str) -> subprocess.CompletedProcess:
   return subprocess.run(command, env=os.environ | {"DEV": "CPU"}, capture_output=True, text=True, check=True, timeout=120)
 
 
-@pytest.mark.parametrize(("before", "inside"), [("device,graph", "graph"), ("graph", "graph"), ("device,graph", "kernel"), ("device,kernel", "kernel"),
-                                                ("device", "device"), ("device,graph", "device")])
+@pytest.mark.parametrize(("before", "inside"), [("device,graph", "graph"), ("graph", "graph"), ("device,graph", "kernel"),
+                                                ("device,kernel", "kernel"), ("device", "device"), ("device,graph", "device")])
 def test_a_device_is_not_used_on_both_sides(before, inside):
   done = fork(before, inside)
   assert "child 2" in done.stdout and done.stderr.count("\n") == 1, done.stderr
