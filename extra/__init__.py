@@ -1,9 +1,9 @@
 """Single-stage object detectors in tinygrad. `detect` finds objects on pictures, `detectors.build` makes a detector; README.md maps the rooms."""
 import importlib
 from typing import Any
-from tinydet.runtime.device import set_up
+from tinydet.runtime.imports import change_tinygrad
 
-set_up()
+change_tinygrad()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from tinydet.detectors import open_detector
 from tinydet.errors import UserError
 from tinydet.runtime.device import require_device
 from tinydet.runtime.devices import devices, replicate, to_devices
-from tinydet.runtime.graphs import jit
+from tinydet.runtime.graphs import jit, lock
 from tinydet.runtime.precision import DTYPES
 
 LONGEST_QUEUE = 3   # batches of pictures that may wait for one before them
@@ -61,7 +61,8 @@ def predictor(weights: str | Path, **network: Any) -> "Predictor":
   files = [path, *path.glob("*.safetensors")] if path.is_dir() else [path] * path.is_file()
   network = Predictor.__init__.__kwdefaults__ | network
   hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
-  return _predictor(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
+  with lock:   # threads that ask for the same one share it
+    return _predictor(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
 
 
 @functools.lru_cache(maxsize=2)
@@ -120,14 +121,15 @@ class Predictor:
     """What is found on a batch u8 [batch_size,H,W,3] of canvases, in their pixels; `sizes` and `origins` int [batch_size,2] tell where the pictures
     are. `hidden` and `options` are those of `Detector.detect`; `seconds` collects time as for `stream`."""
     canvas, seconds = images.shape[1:3], Counter() if seconds is None else seconds
-    kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
-    if canvas not in self._compiled: self.place([canvas])
-    self._compiled.add(canvas)
-    outputs = self._forward(to_devices(images, self.devices))
-    for name in self.devices: Device[name].synchronize()
-    seconds[kind] += (done := time.monotonic()) - begun
-    found = self.detector.detect(outputs, canvas, sizes, origins, hidden, **options)
-    seconds["post-processing"] += time.monotonic() - done
+    with lock:   # from here the device's memory is this thread's, until what was found is copied off
+      kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
+      if canvas not in self._compiled: self.place([canvas])
+      self._compiled.add(canvas)
+      outputs = self._forward(to_devices(images, self.devices))
+      for name in self.devices: Device[name].synchronize()
+      seconds[kind] += (done := time.monotonic()) - begun
+      found = self.detector.detect(outputs, canvas, sizes, origins, hidden, **options)
+      seconds["post-processing"] += time.monotonic() - done
     return found
 
   def stream(self, items: Iterable[Item], load: Callable[[Item], np.ndarray | None], *, classes: Sequence[str] | None = None,

@@ -1,5 +1,6 @@
 """Detection as its users run it and call it: what is found, where it is written, and what is said to bad input."""
 import csv, importlib.util, itertools, json, os, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, pytest
@@ -344,3 +345,13 @@ def test_objects_nearly_as_large_as_a_tile_that_overlap_each_other(seed):
   merged, _, _ = tiles.merge(boxes.astype(np.float32), scores, np.zeros(len(boxes), np.int32), where, height, width)
   assert len(merged) == len(objects)
   np.testing.assert_allclose(merged[np.abs(merged[:, None] - objects).max(-1).argmin(0)], objects, atol=1.1)
+
+
+def test_threads_find_what_one_finds():
+  """As a service calls it; the detector is built and its graphs captured by whoever comes first."""
+  def found_on(i: int) -> tuple[bytes, ...]:
+    found, = detect(IMAGES[i % len(IMAGES)], "shapes", score_threshold=0.1)
+    return found.boxes.tobytes(), found.scores.tobytes(), found.labels.tobytes()
+  with ThreadPoolExecutor(4) as pool: found = list(pool.map(found_on, range(200)))
+  serial = [found_on(i) for i in range(len(IMAGES))]
+  assert any(boxes for boxes, _, _ in serial) and sum(a != serial[i % len(serial)] for i, a in enumerate(found)) == 0

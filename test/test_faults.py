@@ -117,13 +117,12 @@ def shared_memory(pids):
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_signals(name, code, calm, data, tmp_path):
   run = Run(tmp_path, data, "--save-steps", 100).reach(8)
-  workers = run.children("loader")
-  shared = shared_memory([run.process.pid, *workers])
-  assert workers and shared
+  workers, compilers = run.children("loader"), run.children("runtime.workers")
+  assert workers and compilers and not shared_memory([run.process.pid, *workers, *compilers]), "nothing that has a name, and could be left"
   run.process.send_signal(getattr(signal, name))
   found, output = run.end()
   assert found == code and "Traceback" not in output and f"{name}: ends after this step with a checkpoint" in output
-  assert gone(workers) and not any(map(os.path.exists, shared))
+  assert gone([*workers, *compilers])
   assert run.saved()[-1] == run.lines()[-1]["step"] >= 8
   resumed_equals(calm, tmp_path, data)
 

@@ -1,11 +1,17 @@
 """The cache of captured graphs: what comes from it equals what was captured, in another process too, and nothing stale ever does."""
-import os, subprocess, sys
+import hashlib, os, pickle, subprocess, sys, threading, zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
-from tinygrad import Context, Device, Tensor
+from tinygrad import Context, Device, Tensor, UOp, dtypes
+from tinygrad.uop.ops import Ops
 from tinydet.cache import cache_folder
-from tinydet.runtime import graphs
-from tinydet.runtime.graphs import jit
+from tinydet.nn.init import set_values
+from tinydet import parts
+from tinydet.runtime import compiling, graph_file, graph_key
+from tinydet.runtime.graphs import jit, lock
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +25,8 @@ def files() -> list: return sorted(cache_folder("graphs").glob("*.graph"))
 @pytest.fixture
 def made(monkeypatch) -> list:
   """One entry for each graph that was not in the cache."""
-  calls, make = [], graphs._make
-  monkeypatch.setattr(graphs, "_make", lambda *args: calls.append(1) or make(*args))
+  calls, make = [], compiling.make
+  monkeypatch.setattr(compiling, "make", lambda *args: calls.append(1) or make(*args))
   return calls
 
 
@@ -134,7 +140,7 @@ def test_what_was_not_used_for_longest_goes(monkeypatch):
   run(trainer()[0], 1)
   oldest, = files()
   os.utime(oldest, (1, 1))
-  monkeypatch.setattr(graphs, "MOST_BYTES", oldest.stat().st_size * 3 // 2)
+  monkeypatch.setattr(graph_file, "MOST_BYTES", oldest.stat().st_size * 3 // 2)
   run(trainer(scale=0.3)[0], 1)
   assert oldest not in files() and len(files()) == 1
 
@@ -142,9 +148,9 @@ def test_what_was_not_used_for_longest_goes(monkeypatch):
 PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})
-from test_graphs import graphs, run, trainer
-make = graphs._make
-graphs._make = lambda *args: print("made") or make(*args)
+from test_graphs import compiling, run, trainer
+make = compiling.make
+compiling.make = lambda *args: print("made") or make(*args)
 step, weight, _, _ = trainer()
 print(run(step), weight.numpy().tobytes().hex())
 """
@@ -159,3 +165,93 @@ def test_another_process_starts_from_it():
   assert made == "made" and process() == [result], "the second one found the graph of the first"
   assert process(PYTHONHASHSEED="7", DEV=Device.DEFAULT, DEBUG="0") == [result]
   assert process(NOLOCALS="1")[0] == "made", "another setting of tinygrad's compiler"
+
+
+def test_another_dtype_or_training_is_another_graph():
+  weight = Tensor([2.0, 3.0]).realize()
+  @jit
+  def double(x: Tensor) -> Tensor: return ((x + x) * weight.cast(x.dtype)).dropout(0.5).contiguous()
+  def values(dtype) -> list: return double(Tensor([1, 2], dtype=dtype).contiguous().realize()).tolist()
+  assert values(dtypes.float32) == [4, 12] and values(dtypes.int32) == [4, 12] and values(dtypes.half) == [4, 12]
+  with Context(TRAINING=1): assert set(values(dtypes.float32)) <= {0, 8, 24}, "what is kept is doubled"
+  assert values(dtypes.float32) == [4, 12]
+
+
+def test_weights_replaced_after_a_capture_are_used():
+  layer, other = SimpleNamespace(weight=Tensor([1.0, 2.0]).realize()), Tensor([5.0]).realize()
+  @jit
+  def product(x: Tensor) -> Tensor: return (x * layer.weight * other).contiguous()
+  def values() -> list: return product(Tensor([1.0, 1.0]).contiguous().realize()).tolist()
+  assert values() == [5, 10]
+  layer.weight.assign(Tensor([3.0, 4.0]))
+  assert values() == [15, 20], "assigned, and not realised"
+  layer.weight.assign(Tensor([4.0, 4.0])).realize()
+  assert values() == [20, 20]
+  set_values(layer.weight, np.array([7.0, 8.0]))
+  assert values() == [35, 40], "replaced"
+  layer.weight = Tensor([9.0, 9.0]).realize()
+  assert values() == [45, 45], "another tensor"
+  assert values() == [45, 45]
+
+
+def test_threads_take_turns():
+  """Each call's result is in memory that the next call writes to."""
+  step = jit(lambda x: ((x @ x).tanh() @ x).contiguous())
+  inputs = [np.random.default_rng(i).standard_normal((32, 32)).astype(np.float32) for i in range(8)]
+  def result(i: int) -> bytes:
+    with lock: return step(Tensor(inputs[i % 8]).realize()).numpy().tobytes()
+  serial = [result(i) for i in range(8)]
+  with ThreadPoolExecutor(4) as pool: assert list(pool.map(result, range(200))) == serial * 25
+
+
+def test_what_another_thread_computes_during_a_capture_is_not_captured():
+  begun, done = threading.Event(), threading.Event()
+  @jit
+  def slow(x: Tensor) -> Tensor:
+    y = (x + 1).contiguous().realize()
+    begun.set()
+    assert not done.wait(0.5), "the other thread waits"
+    return (y * 2).contiguous()
+  def other() -> list:
+    begun.wait(10)
+    result = (Tensor([1.0, 2.0, 3.0]).realize() * 3).contiguous().tolist()
+    done.set()
+    return result
+  with ThreadPoolExecutor(1) as pool:
+    future = pool.submit(other)
+    assert slow(Tensor([1.0, 2.0]).realize()).tolist() == [4, 6] and future.result() == [3, 6, 9]
+  assert slow(Tensor([2.0, 3.0]).realize()).tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("content", [b"no pickle", pickle.dumps(3), pickle.dumps(("KEY", UOp.const(1, dtypes.int), [])),
+                                     pickle.dumps(("another", UOp(Ops.LINEAR), []))])
+def test_a_whole_file_of_other_content_is_made_anew(made, content):
+  first = run(trainer()[0])
+  file, = files()
+  if b"KEY" in content: content = pickle.dumps((file.stem, *pickle.loads(content)[1:]))
+  body = zlib.compress(content)
+  file.write_bytes(hashlib.sha256(body).digest() + body)
+  assert run(trainer()[0]) == first and len(made) == 2
+
+
+@pytest.mark.parametrize("mode", ["folder", "file", "owner"])
+def test_what_others_may_have_written_is_not_run(made, mode, monkeypatch, capfd):
+  first = run(trainer()[0])
+  file, = files()
+  assert file.stat().st_mode & 0o077 == 0 and file.parent.stat().st_mode & 0o077 == 0
+  if mode == "owner": monkeypatch.setattr(os, "getuid", lambda: 12345)
+  else: (file.parent if mode == "folder" else file).chmod(0o777)
+  parts.noted.clear()
+  assert run(trainer()[0]) == first and run(trainer()[0]) == first
+  assert len(made) == (2 if mode == "file" else 3), "a file is replaced by one's own"
+  assert capfd.readouterr().err.count("can be written by others") == 1
+
+
+def test_our_own_sources_are_in_the_key(made, monkeypatch):
+  run(trainer()[0], 1)
+  graph_key._compiler.cache_clear()
+  read = Path.read_bytes
+  monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"# changed" * (path.name == "conv_cpu.py"))
+  try: run(trainer()[0], 1)
+  finally: graph_key._compiler.cache_clear()
+  assert len(made) == 2

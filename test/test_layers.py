@@ -14,7 +14,7 @@ VALUES = {"weight": RNG.uniform(0.5, 1.5, 8), "bias": RNG.standard_normal(8), "r
 
 
 def made(norm):
-  for key, t in get_state_dict(norm).items(): init.assign(t, np.array(7) if key == "num_batches_tracked" else VALUES[key])
+  for key, t in get_state_dict(norm).items(): init.set_values(t, np.array(7) if key == "num_batches_tracked" else VALUES[key])
   return norm
 
 
@@ -149,9 +149,9 @@ def test_draws():
 
 def test_assign_keeps_what_a_tensor_is():
   learnt, fixed, whole = Tensor.empty(2, 2), Tensor.empty(2).is_param_(False), Tensor.empty(dtype=dtypes.int64).is_param_(False)
-  init.assign(learnt, np.arange(4.0).reshape(2, 2).T)
-  init.assign(fixed, np.array([1, 2]))
-  init.assign(whole, np.array(3))
+  init.set_values(learnt, np.arange(4.0).reshape(2, 2).T)
+  init.set_values(fixed, np.array([1, 2]))
+  init.set_values(whole, np.array(3))
   assert (learnt.is_param, fixed.is_param, whole.is_param) == (Tensor.empty(1).is_param, False, False)
   assert (learnt.dtype, fixed.dtype, whole.dtype) == (dtypes.float32, dtypes.float32, dtypes.int64)
   assert learnt.tolist() == [[0, 2], [1, 3]] and fixed.tolist() == [1, 2] and whole.item() == 3

@@ -401,8 +401,8 @@ def test_steps_that_are_not_finite(value, capsys):
 def test_weights_of_a_run_are_its_average(tmp_path):
   run = Run()
   state = get_state_dict(run.model)
-  for t in run.optimizer.ema.values(): init.assign(t, np.full(t.shape, 0.5))
-  init.assign(state["norm.running_mean"], np.full(16, 0.25))
+  for t in run.optimizer.ema.values(): init.set_values(t, np.full(t.shape, 0.5))
+  init.set_values(state["norm.running_mean"], np.full(16, 0.25))
   run.save(tmp_path, 0)
   other = Detector("batch")
   init.initialize(other, lambda key, shape: init.constant(0.0))

@@ -124,7 +124,7 @@ def test_frozen_stages_cost_nothing_in_the_backward_pass(blank):
   kernels = {}
   for layers in (5, 3, 0):
     model = retinanet.build("retinanet_resnet10_quarter_fpn", 2, "frozen")
-    for t in get_state_dict(model).values(): init.assign(t, np.ones(t.shape))
+    for t in get_state_dict(model).values(): init.set_values(t, np.ones(t.shape))
     retinanet.freeze(model, layers)
     params = [t for t in get_state_dict(model.backbone).values() if t.is_param]
     x = Tensor(np.ones((1, 3, 32, 32), np.float32)).realize()
@@ -180,7 +180,7 @@ def fill(model):
     elif n.ndim == 1: values = 0.5 + 0.1 * n
     elif key.endswith("bbox_reg.weight"): values = 0.1 * n * scale
     else: values = n * scale
-    init.assign(t, values)
+    init.set_values(t, values)
   return model
 
 

@@ -26,7 +26,7 @@ def test_the_first_is_named(key, value, loss, words):
   model = Net()
   init.initialize(model, lambda name, shape: init.constant(0 if name.endswith("running_mean") else 1))
   tensors = get_state_dict(model)
-  if key: init.assign(tensors[key], np.full(tensors[key].shape, value))
+  if key: init.set_values(tensors[key], np.full(tensors[key].shape, value))
   x = Tensor(np.array([[[[-4.0, 5.0]]]], np.float32))
   before = [layer.__call__ for layer in (Conv2d, BatchNorm)]
   assert words in first_not_finite(model, lambda x: {"loss": loss(model(x))}, x)

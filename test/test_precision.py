@@ -47,11 +47,11 @@ def test_norms_compute_in_float32(dtype, unit, training):
   x = rounded(rng.standard_normal((4, 8, 5, 5)) + 12, dtype)
   norm = BatchNorm(8) if training else FrozenBatchNorm(8)
   weight, bias, mean, variance = rng.uniform(0.5, 2, 8), rng.standard_normal(8), x.mean((0, 2, 3)), x.var((0, 2, 3))
-  init.assign(norm.weight, weight)
-  init.assign(norm.bias, bias)
-  init.assign(norm.running_mean, mean)
-  init.assign(norm.running_var, variance)
-  if training: init.assign(norm.num_batches_tracked, np.array(0))
+  init.set_values(norm.weight, weight)
+  init.set_values(norm.bias, bias)
+  init.set_values(norm.running_mean, mean)
+  init.set_values(norm.running_var, variance)
+  if training: init.set_values(norm.num_batches_tracked, np.array(0))
   r = rounded(rng.standard_normal(x.shape), dtype)
   with Context(TRAINING=int(training)):
     y = norm(Tensor(x.astype(np.float32)).cast(dtype))
@@ -69,8 +69,8 @@ def test_norms_compute_in_float32(dtype, unit, training):
 def test_the_gradient_of_a_bias_is_float32():
   """The sum over all pixels of a loss that is scaled, as half precision needs it, passes half's 65,504."""
   conv = Conv2d(4, 4, 1)
-  init.assign(conv.weight, np.zeros(conv.weight.shape))
-  init.assign(conv.bias, np.zeros(4))
+  init.set_values(conv.weight, np.zeros(conv.weight.shape))
+  init.set_values(conv.bias, np.zeros(4))
   y = conv(Tensor.ones(2, 4, 16, 16).cast(dtypes.half).contiguous())
   g = (y.float().sum() * 1000).gradient(conv.bias)[0]
   assert y.dtype == dtypes.half and g.dtype == dtypes.float32

@@ -85,7 +85,7 @@ BLOCKS = {"v6": lambda: yolov6.RepVGG(8, 8), "v6 down": lambda: yolov6.RepVGG(4,
 def test_folded_blocks_compute_the_same(kind):
   """Whole networks of v6, v9 and v10 are held against the golden files folded (test_yolo_networks.py)."""
   block = [BLOCKS[kind]()]
-  for key, t in get_state_dict(block).items(): init.assign(t, value(key, t.shape) if t.shape else np.zeros(()))
+  for key, t in get_state_dict(block).items(): init.set_values(t, value(key, t.shape) if t.shape else np.zeros(()))
   x = Tensor(np.random.default_rng(0).standard_normal((2, 4 if kind == "v6 down" else 8, 6, 10)).astype(np.float32))
   before = block[0](x).numpy()
   fold(block)
@@ -115,7 +115,7 @@ def test_blocks_learn(kind):
   """The gradient of input and parameters, along one direction each, against differences of outputs; norms use the batch's statistics."""
   block, rng = [SMALL[kind]()], np.random.default_rng(5)
   tensors = get_state_dict(block)
-  for key, t in tensors.items(): init.assign(t, value(key, t.shape) if t.shape else np.zeros(()))
+  for key, t in tensors.items(): init.set_values(t, value(key, t.shape) if t.shape else np.zeros(()))
   learnt = {"x": Tensor(rng.standard_normal((2, {"PSA": 16, "area": 64}.get(kind, 8), 4, 8)).astype(np.float32))}
   learnt |= {key: t for key, t in tensors.items() if t.is_param}
   start = {key: t.numpy() for key, t in learnt.items()}
@@ -210,7 +210,7 @@ def test_activations_and_the_transposed_convolution():
   rng = np.random.default_rng(0)
   up, picture = layers.ConvTranspose2x2(3, 2), rng.standard_normal((1, 3, 2, 3)).astype(np.float32)
   weight, bias = rng.standard_normal((3, 2, 2, 2)).astype(np.float32), np.float32([1, -1])
-  init.assign(up.weight, weight), init.assign(up.bias, bias)
+  init.set_values(up.weight, weight), init.set_values(up.bias, bias)
   expected = np.einsum("bihw,iopq->bohpwq", picture, weight).reshape(1, 2, 4, 6) + bias[:, None, None]
   np.testing.assert_allclose(up(Tensor(picture)).numpy(), expected, atol=1e-5)
 

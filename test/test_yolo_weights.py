@@ -29,7 +29,7 @@ def state(name, num_classes=6):
   network = yolo.build(name, num_classes)
   for key, tensor in get_state_dict(network).items():
     if key.endswith(("num_batches_tracked", "anchors", "anchor_grid", "proj", "proj_conv.weight", "dfl.conv.weight")):
-      init.assign(tensor, np.zeros(tensor.shape))
+      init.set_values(tensor, np.zeros(tensor.shape))
   return {key: t.numpy() for key, t in get_state_dict(fill(network)).items()}
 
 

@@ -43,11 +43,11 @@ def fill(network):
   if isinstance(network, LayerList) and isinstance(network.model[-1], darknet.Outputs):
     stream, at = darknet_stream(network)[0], 0
     for _, tensor in darknet.tensors_in_order(network):
-      init.assign(tensor, stream[at:at + tensor.numel()].reshape(tensor.shape))
+      init.set_values(tensor, stream[at:at + tensor.numel()].reshape(tensor.shape))
       at += tensor.numel()
   else:
     for key, tensor in get_state_dict(network).items():
-      if not key.endswith(AS_BUILT): init.assign(tensor, value(key, tensor.shape))
+      if not key.endswith(AS_BUILT): init.set_values(tensor, value(key, tensor.shape))
   return network
 
 

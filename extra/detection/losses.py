@@ -1,8 +1,6 @@
 """Losses, in float32 whatever the network computes in. `classes` and `matched` come from `matcher.match`."""
 from collections.abc import Callable
-from tinygrad import Tensor, dtypes
-from tinygrad.function import function
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp, dtypes, function
 from tinydet.detection.boxes import decode, encode, generalized_iou
 
 

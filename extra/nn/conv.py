@@ -2,10 +2,8 @@
 
 tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp, function
 from tinygrad.dtype import DType
-from tinygrad.function import function
-from tinygrad.uop.ops import UOp
 from tinydet.nn import conv_cpu
 
 

@@ -9,13 +9,14 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from collections.abc import Callable
-from tinygrad import Device, Tensor, dtypes
-from tinygrad.dtype import AddrSpace
-from tinygrad.function import function
-from tinygrad.helpers import NUM_CPU_THREADS
-from tinygrad.renderer import Estimates, Renderer
-from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
+from typing import Any
+from tinygrad import Device, Tensor, UOp, dtypes, function
+from tinydet.parts import take
+
+_parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
+              "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo", "tinygrad.uop.ops:Ops.PROGRAM",
+              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", instead="convolutions on the CPU are tinygrad's own, several times slower")
+if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_ = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
 
@@ -146,12 +147,12 @@ Taps = list[list[tuple[int, int]]]   # of each phase: (step in the input, place 
 
 
 @functools.cache   # inside a `function` a device cannot be asked
-def _renderer() -> Renderer: return Device["CPU"].renderer
+def _renderer() -> Any: return Device["CPU"].renderer
 
 
 def fits(*tensors: Tensor) -> bool:
   """Whether these kernels can compute with `tensors`: all are on one CPU, and its kernels are C."""
-  return all(t.device == "CPU" for t in tensors) and isinstance(_renderer(), ClangRenderer)
+  return bool(_parts) and all(t.device == "CPU" for t in tensors) and isinstance(_renderer(), ClangRenderer)
 
 
 def _kernel(name: str, code: str, size: int, products: int, taps: Taps, tensors: tuple[Tensor, ...], sizes: dict[str, int]) -> Tensor:

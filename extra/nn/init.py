@@ -3,9 +3,10 @@ import math, zlib
 from collections.abc import Callable
 import numpy as np
 from tinygrad import Device, Tensor
-from tinygrad.dtype import _to_np_dtype
 from tinygrad.nn.state import get_state_dict
+from tinydet.parts import take
 
+_numpy = take("tinygrad.dtype:_to_np_dtype", instead="weights are put on the device as they come, and cast there")
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
@@ -44,12 +45,13 @@ def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed
   the others as they were."""
   for key, tensor in get_state_dict(model).items():
     values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
-    assign(tensor, values)
+    set_values(tensor, values)
 
 
-def assign(tensor: Tensor, values: np.ndarray) -> None:
+def set_values(tensor: Tensor, values: np.ndarray) -> None:
   """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
-  values = np.ascontiguousarray(values, _to_np_dtype(tensor.dtype)).reshape(-1)
+  values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
   is_param = tensor.is_param
   # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-  tensor.replace(Tensor(values, device=tensor.device or Device.DEFAULT).reshape(tensor.shape)).is_param_(is_param).realize()
+  new = Tensor(values, device=tensor.device or Device.DEFAULT)
+  tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param).realize()

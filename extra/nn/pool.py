@@ -1,8 +1,6 @@
 """Pictures at half and at twice the size: max pooling that carries its own gradient, and the nearest neighbour."""
 import functools, math
-from tinygrad import Tensor
-from tinygrad.function import function
-from tinygrad.uop.ops import UOp
+from tinygrad import Tensor, UOp, function
 
 
 def max_pool(x: Tensor) -> Tensor:

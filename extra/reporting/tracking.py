@@ -8,11 +8,9 @@ import numpy as np
 from PIL import Image
 from tinydet.errors import UserError
 from tinydet.weights.checkpoint import checkpoints, metadata, whole_file
+from tinydet.runtime.lock import claim
 from tinydet.reporting.panels import beside_target, boxed_image
 from tinydet.reporting.pictures import truth_and_prediction
-
-try: import fcntl
-except ImportError: fcntl = None   # Windows: nothing keeps a second process out
 
 FINISH_SECONDS = 5
 HASHED, UPLOADED = 5e7, 1e6   # bytes a second that the slowest disk reads and the slowest network takes, where wandb is waited for at the end
@@ -317,16 +315,6 @@ def duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def claim(folder: Path) -> TextIO:
-  """Take the folder of a run for this process, until the file returned is closed or the process ends; UserError where another process has it."""
-  try:
-    file = open(folder/"run.lock", "a", encoding="utf-8")
-    if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError: raise UserError(f"{folder}: another process is running there; end it first, or choose another --run-name") from None
-  except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another --out, or mend its permissions") from e
-  return file
 
 
 def new_folder(wanted: Path, resumed: bool = False) -> Path:

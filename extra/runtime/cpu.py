@@ -4,29 +4,37 @@ tinygrad 0.14 divides large kernels into parts for several cores, and then runs 
 import ctypes, os, threading, time
 from queue import SimpleQueue
 from typing import Any
-from tinygrad import Device, GlobalCounters
-from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import DEBUG, NUM_CPU_THREADS, PARALLEL
-from tinygrad.runtime.ops_cpu import CPUProgram
-from tinygrad.uop.ops import UOp
+from tinygrad import Device, GlobalCounters, UOp
+from tinydet.runtime.fork import refuse_in_fork
+from tinydet.parts import take
 
 Arguments = list[ctypes.c_uint64]
 
 _parts: SimpleQueue = SimpleQueue()
 _threads: list[threading.Thread] = []
+_owner: list[int] = []   # the process whose device it is
+
+_settings = take(*(f"tinygrad.helpers:{name}" for name in ("DEBUG", "NUM_CPU_THREADS", "PARALLEL")), instead="kernels run on one core")
+_program = take("tinygrad.runtime.ops_cpu:CPUProgram", instead="the parts of a kernel run one after another") if _settings else None
+_graph = take("tinygrad.engine.jit:GraphRunner", instead="kernels on the CPU are started one by one") if _program else None
+if _settings: DEBUG, NUM_CPU_THREADS, PARALLEL = _settings
+CPUProgram, GraphRunner = (_program or (object,))[0], (_graph or (object,))[0]
 
 
 def use_all_cores() -> None:
-  """Let kernels that this process runs on the CPU use as many cores as tinygrad's NUM_CPU_THREADS says, by default all of them."""
+  """Let kernels that this process runs on the CPU use as many cores as tinygrad's NUM_CPU_THREADS says, by default all of them. UserError in a fork
+  of a process that did so."""
+  if _owner: refuse_in_fork(_owner[0])
+  else: _owner.append(os.getpid())
   device = Device["CPU"]
-  device.runtime_t = ThreadedProgram
-  if DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
+  if _program: device.runtime_t = ThreadedProgram
+  if _graph and DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
 
 
 def share_cores(processes: int) -> None:
   """Leave this process, one of so many on its machine, its part of the cores, to compile with and to run kernels on, unless the environment says how
   many. Results are the same to the last bit."""
-  for setting in (NUM_CPU_THREADS, PARALLEL):
+  for setting in _settings[1:] if _settings else ():
     if setting.key not in os.environ: setting.value = max(1, setting.value // processes)
 
 
@@ -59,6 +67,7 @@ class ThreadedProgram(CPUProgram):
   """A kernel whose parts run side by side."""
 
   def __call__(self, *bufs: Any, global_size: tuple[int, int, int] = (1, 1, 1), vals: tuple[int | None, ...] = (), **options: Any) -> float | None:
+    refuse_in_fork(_owner[0])
     if self.lvp or global_size[0] == 1: return super().__call__(*bufs, global_size=global_size, vals=vals, **options)
     begun = time.perf_counter()
     _run(self.fxn, _arguments(self, bufs, vals, global_size[0]))
@@ -85,6 +94,7 @@ class CPUGraph(GraphRunner):
     return GraphRunner.supports_uop(batch_devs, new_call) and set(new_call.src[0].arg.runtimevars) == {v.expr for v in new_call.src[0].arg.vars}
 
   def __call__(self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False) -> float | None:
+    refuse_in_fork(_owner[0])
     for number, arguments in self.inputs.items():
       address = input_uops[number].buffer.ensure_allocated()._buf.va_addr
       for argument in arguments: argument.value = address

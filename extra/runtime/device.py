@@ -1,43 +1,25 @@
-"""The default device, ready to run: its CPU device finds a clang, the system's or else the one that `pip install` brought."""
-import hashlib, importlib.util, os, secrets, shlex, shutil, signal, subprocess, sys, sysconfig, threading
+"""The default device, ready to run."""
+import atexit, ctypes, os, shutil, sqlite3, subprocess, tempfile
 from pathlib import Path
-
-
-def find_clang() -> str | None:
-  """Absolute path of a clang that is not on PATH: one beside this Python, or PyPI's ziglang behind a one-line script in the user's cache folder.
-
-  tinygrad runs `$CC` as a single path, and zig's compiler is `zig clang`, hence the script. None where there is neither (Windows included).
-  """
-  if (beside := shutil.which("clang", path=sysconfig.get_path("scripts"))) is not None: return beside
-  package = importlib.util.find_spec("ziglang")
-  if package is not None and package.origin is not None and os.access(zig := Path(package.origin).absolute().with_name("zig"), os.X_OK):
-    script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
-    try:
-      cache = os.environ.get("XDG_CACHE_HOME") or Path.home()/("Library/Caches" if sys.platform == "darwin" else ".cache")
-      wrapper = Path(cache).absolute()/"tinydet"/f"clang-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
-      if not wrapper.exists() or wrapper.read_text() != script or not os.access(wrapper, os.X_OK):
-        wrapper.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = wrapper.with_name(f"{wrapper.name}.{secrets.token_hex(4)}")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "w") as f: f.write(script)
-        os.replace(partial, wrapper)
-      return str(wrapper)
-    except (OSError, RuntimeError, ValueError): return None
-  return None
+from typing import Any
+from tinydet.errors import UserError
+from tinydet.runtime import clang, workers
+from tinydet.parts import note, take
 
 
 def require_device() -> str:
   """Open tinygrad's default device, with what compiles for it, and return its name; UserError with the mend where it cannot be opened or, for the
   CPU, cannot compile. What runs on the CPU may use all its cores."""
-  from tinydet.errors import UserError
   from tinygrad import Device
-  wanted, compiler = os.environ.get("DEV"), os.environ.get("CC") or "clang"
-  probe = [compiler, "--target=x86_64-none-unknown-elf", "-x", "c", "-c", "-", "-o", "-"]
+  wanted, compiler = os.environ.get("DEV"), " ".join(clang.command())
+  probe = [*clang.command(), "--target=x86_64-none-unknown-elf", "-x", "c", "-c", "-", "-o", "-"]
   try: compiles = bool(subprocess.run(probe, input=b"int x;", capture_output=True, check=True, timeout=60).stdout)
   except (OSError, subprocess.SubprocessError): compiles = False
   mend = ("install one (pip install ziglang, apt install clang, brew install llvm), or set CC to the path of a clang" if not os.environ.get("CC") else
-          "unset CC, or set it to the path of a clang; gcc will not do")
+          "unset CC (a variable of the environment, which conda's compilers set too), or set it to the path of a clang; gcc will not do")
   clangless = f"the CPU device compiles with clang, and {compiler} does not work as one: {mend}"
-  try: Device[name := Device.DEFAULT]
+  _keep_kernels()
+  try: Device[name := _default()]
   except Exception as e:
     if not compiles and (wanted is None or wanted.upper().startswith("CPU")): raise UserError(clangless) from e
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -46,29 +28,46 @@ def require_device() -> str:
     if not compiles: raise UserError(clangless)
     from tinydet.runtime.cpu import use_all_cores
     use_all_cores()
-  start_compilers()
+  workers.workers()
   return name
 
 
-def start_compilers() -> None:
-  """Start tinygrad's compiling processes, if they are not there yet, so that they ignore SIGTERM and SIGUSR1, which schedulers and mpirun send to all
-  processes of a job.
-
-  One that died of it might hold the lock of their queue, and this process would wait for that lock, for ever, at the next kernel or at its exit.
-  Their pool ends them by SIGKILL instead."""
-  from tinygrad.engine import worker
-  process = getattr(worker, "_WorkerProcess", None)
-  if process is None or threading.current_thread() is not threading.main_thread(): return   # where signals cannot be set
-  process.terminate = process.kill
-  numbers = [number for name in ("SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None))]
-  before = [signal.signal(number, signal.SIG_IGN) for number in numbers]   # which they inherit
-  try: worker.get_worker_pool()
-  finally:
-    for number, handler in zip(numbers, before): signal.signal(number, handler)
+def _default() -> str:
+  """tinygrad's default device; the CPU in place of an OpenCL driver that is the processor itself and slower by far, unless DEV says otherwise."""
+  from tinygrad import Device
+  chosen = take("tinygrad.helpers:DEV", instead="an OpenCL driver that is the processor itself is not told from a GPU")
+  by_user = chosen is None or bool(chosen[0].device)
+  if by_user or not (name := Device.DEFAULT).startswith("CL") or not is_processor(Device[name]): return Device.DEFAULT
+  driver = getattr(Device[name], "device_name", "a driver")
+  note(f"{name} is {driver}, which runs on the processor: DEV=CPU is taken, which is faster; DEV={name} chooses it all the same")
+  chosen[0].value = os.environ["DEV"] = "CPU"   # tinygrad had set the variable, for processes that it starts
+  return "CPU"
 
 
-def set_up() -> None:
-  """Point tinygrad to a clang where PATH has none."""
-  # tinygrad replaces a process that compiles after 16 kernels, and each new one imports tinygrad first: a tenth of the time to a first step.
-  os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "1000")
-  if not os.environ.get("CC") and shutil.which("clang") is None and (clang := find_clang()) is not None: os.environ["CC"] = clang
+def is_processor(device: Any) -> bool:
+  """Whether an OpenCL device of tinygrad's is a processor."""
+  parts = take("tinygrad.runtime.autogen.opencl", instead="an OpenCL driver that is the processor itself is not told from a GPU")
+  if parts is None or not hasattr(device, "cl_dev"): return False
+  opencl, kind = parts[0], ctypes.c_uint64()
+  if opencl.clGetDeviceInfo(device.cl_dev, opencl.CL_DEVICE_TYPE, ctypes.sizeof(kind), ctypes.byref(kind), None): return False
+  return bool(kind.value & opencl.CL_DEVICE_TYPE_CPU) and not kind.value & opencl.CL_DEVICE_TYPE_GPU
+
+
+def _keep_kernels() -> None:
+  """Give tinygrad a folder of this run's own for compiled kernels where it cannot write to the user's, for it would find no device then."""
+  parts = take("tinygrad.helpers", *(f"tinygrad.helpers:{name}" for name in ("CACHEDB", "CACHELEVEL", "db_connection", "_db_connection")),
+               instead="it needs a cache folder that can be written")
+  if parts is None or not parts[2]: return
+  helpers, file = parts[0], Path(parts[1])
+  try:
+    helpers.db_connection()
+    if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)): raise PermissionError
+  except (OSError, sqlite3.Error):
+    folder = tempfile.mkdtemp(prefix="tinydet-")   # its owner's alone
+    atexit.register(_remove, folder, os.getpid())
+    note(f"{file.parent} cannot be written: what is compiled is not kept for the next run; set XDG_CACHE_HOME to a folder that can be")
+    helpers.CACHEDB = f"{folder}/cache.db"
+
+
+def _remove(folder: str, owner: int) -> None:
+  if os.getpid() == owner: shutil.rmtree(folder, ignore_errors=True)

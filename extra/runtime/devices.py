@@ -2,9 +2,12 @@
 import dataclasses, os
 import numpy as np
 from tinygrad import Device, Tensor
-from tinygrad.helpers import DEV
 from tinydet.errors import UserError
+from tinydet.parts import take
 from tinydet.runtime.mpi import Ranks, on_host
+
+
+_default = take("tinygrad.helpers:DEV", instead="processes of one machine need a CUDA_VISIBLE_DEVICES of their own each")
 
 
 def devices(count: int) -> tuple[str, ...]:
@@ -30,6 +33,8 @@ def take_devices(ranks: Ranks, count: int) -> None:
   except Exception as e:
     raise UserError(f"--gpus {count}: rank {ranks.rank} is process {ranks.local_rank} of {ranks.local_size} on {ranks.host} and would begin with "
                     f"device {name}, which cannot be opened ({str(e).splitlines()[0] or type(e).__name__}); start fewer processes a machine") from e
+  if not _default: raise UserError(f"--gpus {count}: give each process its own devices, by CUDA_VISIBLE_DEVICES")
+  DEV, = _default
   # the target that the user asked for stays behind it, as that names the renderer
   DEV.value = [dataclasses.replace(DEV.value[0], device=name), *DEV.value]
 

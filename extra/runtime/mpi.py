@@ -6,19 +6,21 @@ import contextlib, itertools, math, os, socket, sys, time, traceback, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 import numpy as np
-from tinygrad import Device, Tensor, dtypes
-from tinygrad.device import Buffer, MultiBuffer
-from tinygrad.dtype import DType, _to_np_dtype
-from tinygrad.helpers import round_up
-from tinygrad.uop.ops import UOp
-from tinydet.runtime.device import start_compilers
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.dtype import DType
+from tinydet.runtime.workers import workers
 from tinydet.errors import UserError
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
+from tinydet.parts import take
 from tinydet.runtime.cpu import share_cores
 
 HINT = "pip install mpi4py mpich brings both"
 PATIENCE, FORWARDED = 3, 0.2   # seconds that rank 0 has to report an error that others have too, and a launcher to pass on what was printed
 WIRES = {"float32": dtypes.float32, "half": dtypes.half}
+NUMPY = {dtypes.float32: np.float32, dtypes.half: np.float16}
+
+_parts = take("tinygrad.device:Buffer", "tinygrad.device:MultiBuffer", "tinygrad:UOp.from_buffer", instead="ranks add up their gradients one by one")
+if _parts: Buffer, MultiBuffer, _ = _parts
 
 
 class Ranks:
@@ -83,7 +85,7 @@ class Ranks:
     for tensor in tensors:
       values = np.array(tensor.numpy()).reshape(-1)
       self.comm.Bcast(values)
-      if self.rank: assign(tensor, values.reshape(tensor.shape))
+      if self.rank: set_values(tensor, values.reshape(tensor.shape))
 
   def raise_together(self, error: UserError | None) -> None:
     """All: where any rank has an error, end: rank 0 with the UserError, the others silently with the same exit code."""
@@ -132,14 +134,16 @@ def join() -> Iterator[Ranks]:
     return
   ranks = Ranks(comm)
   share_cores(ranks.local_size)
-  start_compilers()
+  workers()
   with contextlib.ExitStack() as stack:
     if ranks.rank:
       nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
       stack.enter_context(contextlib.redirect_stdout(nowhere))
       stack.enter_context(contextlib.redirect_stderr(nowhere))
     try: yield ranks
-    except SystemExit as e: _leave(ranks, e.code)
+    except SystemExit as e:
+      if getattr(e, "alone", False): ranks.comm.Abort(e.code)   # others may be waiting for this one
+      _leave(ranks, e.code)
     except BaseException as e:
       code = ranks.report(e)
       if ranks.ending: _leave(ranks, code)
@@ -193,10 +197,13 @@ class Exchange:
       begin = end
       for shape, _ in same:
         places.append((end, shape, dtype))
-        end = round_up(end + math.prod(shape) * dtype.itemsize, 256)   # aligned for vector instructions
-      end = begin + round_up(end - begin, 256 * ranks.size)            # a whole number of equal pieces for `Ranks.add`
+        end = _round_up(end + math.prod(shape) * dtype.itemsize, 256)   # aligned for vector instructions
+      end = begin + _round_up(end - begin, 256 * ranks.size)            # a whole number of equal pieces for `Ranks.add`
       self.runs.append((begin, end, dtype))
     self.nbytes = end
+    if not _parts:
+      self.tensors = [_zeros(shape, dtype, devices) for _, shape, dtype in places]
+      return
     self.flats = [Buffer(name, end, dtypes.uint8, preallocate=True) for name in devices]
     # A processor's memory is the host's: MPI works on it where it lies.
     if on_host(devices[0]): self.host, self._staging = np.frombuffer(self.flats[0].as_memoryview(force_zero_copy=True), np.uint8), None
@@ -207,17 +214,38 @@ class Exchange:
 
   def add(self) -> None:
     """All: each tensor becomes the sum over the ranks. Waits for the device."""
+    if not _parts:
+      for tensor in self.tensors: _add(tensor, self.ranks)
+      return
     if self._staging is None: Device[self.flats[0].device].synchronize()
     else: self._staging.copy_from(self.flats[0])
-    for begin, end, dtype in self.runs: self.ranks.add(self.host[begin:end].view(_to_np_dtype(dtype)))
+    for begin, end, dtype in self.runs: self.ranks.add(self.host[begin:end].view(NUMPY[dtype]))
     if self._staging is not None: self.flats[0].copy_from(self._staging)
     for other in self.flats[1:]: other.copy_from(self.flats[0])
+
+
+def _round_up(number: int, step: int) -> int: return -(-number // step) * step
+
+
+def _zeros(shape: tuple[int, ...], dtype: DType, devices: tuple[str, ...]) -> Tensor:
+  zeros = Tensor(np.zeros(math.prod(shape), NUMPY[dtype]), device=devices[0]).reshape(shape)
+  return (zeros if len(devices) == 1 else zeros.shard(devices)).is_param_(False).realize()
+
+
+def _add(tensor: Tensor, ranks: Ranks) -> None:
+  """All: the tensor becomes the sum over the ranks, by way of the host."""
+  values = tensor.numpy().reshape(-1)
+  array = np.zeros(_round_up(values.size, ranks.size), values.dtype)
+  array[:values.size] = values
+  ranks.add(array)
+  new = Tensor(array[:values.size], device="CPU").reshape(tensor.shape)
+  tensor.assign(new.to(tensor.device) if isinstance(tensor.device, str) else new.shard(tensor.device)).realize()
 
 
 def on_host(device: str) -> bool: return device.partition(":")[0] == "CPU"
 
 
-def _view(flats: list[Buffer], offset: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
+def _view(flats: list[Any], offset: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
   """A tensor of `shape` that lies `offset` bytes into each of the buffers."""
   views = [flat.view(math.prod(shape), dtype, offset).allocate() for flat in flats]
   if len(views) == 1: return Tensor(UOp.from_buffer(views[0])).reshape(shape).is_param_(False)

@@ -1,14 +1,33 @@
 """What the outside asks of a running loop: to end, or to write a checkpoint. It is done between two steps, where the state is whole."""
-import os, signal, sys
+import contextlib, os, signal, sys
+from collections.abc import Iterator
 from types import FrameType
 from tinydet.runtime.mpi import ALONE, Ranks
 
 
 class Stopped(SystemExit):
-  """A run that a signal ended; the process exits with 128 and the signal's number, as shells count."""
-  def __init__(self, number: int):
+  """A run that a signal ended; the process exits with 128 and the signal's number, as shells count. `alone`: other ranks do not know of it."""
+  def __init__(self, number: int, alone: bool = False):
     super().__init__(128 + number)
-    self.number = number
+    self.number, self.alone = number, alone
+
+
+_asked: list[bool] = []   # a checkpoint, before there was a loop to write one
+
+
+@contextlib.contextmanager
+def before_the_loop() -> Iterator[None]:
+  """For a program from its very start: until it is inside `Signals`, SIGUSR1 is remembered, and the loop then writes a checkpoint after its first
+  step; SIGTERM raises `Stopped`. Main thread only."""
+  def stop(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)   # a second one does not wait for what the first one cleans up
+    raise Stopped(number, alone=True)
+  handlers = {"SIGTERM": stop, "SIGUSR1": lambda *_: _asked.append(True)}
+  before = {number: signal.signal(number, handler) for name, handler in handlers.items() if (number := getattr(signal, name, None))}
+  try: yield
+  finally:
+    for number, handler in before.items(): signal.signal(number, handler)
+    _asked.clear()
 
 
 class Signals:
@@ -34,7 +53,10 @@ class Signals:
 
   def __enter__(self) -> "Signals":
     handlers = {"SIGTERM": self._stop, "SIGINT": self._stop, "SIGUSR1": self._save}
+    # the handlers first: what comes between is theirs
     self._before = {number: signal.signal(number, handler) for name, handler in handlers.items() if (number := getattr(signal, name, None))}
+    self.save = self.save or bool(_asked)
+    _asked.clear()
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -1,15 +1,16 @@
 """Checkpoints of a running loop: when they are due, written beside the training, and found again."""
-import contextlib, re, threading, time
+import contextlib, os, re, threading, time
 from pathlib import Path
 from typing import Any, TextIO
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint
 from tinydet.training.optim import Optimizer
 from tinydet.runtime.mpi import ALONE, Ranks
-from tinydet.reporting.tracking import claim, warn
+from tinydet.runtime.lock import claim
+from tinydet.reporting.tracking import warn
 from tinydet.weights.weights import save_weights
 
 
@@ -71,7 +72,7 @@ class Checkpoints:
   def _write(self, step: int, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     try:
       checkpoint.save(self.folder / f"checkpoint-{step}.safetensors", arrays, metadata)
-      checkpoint.prune(self.folder, self.keep)
+      checkpoint.prune(self.folder, self.keep, step)
       self._failure = None
     except (UserError, OSError) as e:
       self._failure = e
@@ -105,16 +106,23 @@ def open_run(resume: str | None, out: str, name: str) -> tuple[Path, TextIO | No
 
 
 def load_newest(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
-  """Tensors and metadata of the newest whole checkpoint of the run in `folder`; None where there is none. Broken ones, and what a killed process left
-  half-written, are removed; the former are reported in a line each."""
-  for partial in folder.glob(".*.partial"):
-    with contextlib.suppress(OSError): partial.unlink()
-  for path in reversed(checkpoint.checkpoints(folder)):
+  """Tensors and metadata of the newest whole checkpoint of the run in `folder`; None where there is no checkpoint. Broken ones are reported in a line
+  each and passed over. UserError where none is whole, and where the system does not let one be read: it may be whole, and the newest. Nothing is
+  removed but what a killed process left half-written."""
+  try: names = os.listdir(folder)
+  except OSError as e: raise UserError(f"cannot read {folder}: {e.strerror}; mend its permissions or its disk, or choose another --run-name") from e
+  for name in names:
+    if name.startswith(".") and name.endswith(".partial"):
+      with contextlib.suppress(OSError): (folder/name).unlink()
+  found = checkpoint.checkpoints(folder)
+  for path in reversed(found):
     try: return checkpoint.load(path)
     except UserError as e:
-      warn(f"{e}; the checkpoint before it is used")
-      with contextlib.suppress(OSError): path.unlink()
-  return None
+      if isinstance(e.__cause__, OSError):
+        raise UserError(f"{e}; mend its permissions or its disk, or move it away to go on from the checkpoint before it") from e
+      warn(f"{e}; the checkpoint before it is used" if path != found[0] else str(e))
+  if not found: return None
+  raise UserError(f"{folder}: none of its checkpoints is whole; choose another --run-name, or move them away to begin anew")
 
 
 def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], name: str) -> None:
@@ -124,4 +132,4 @@ def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], na
     raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
-  for key, tensor in wanted.items(): assign(tensor, tensors[key])
+  for key, tensor in wanted.items(): set_values(tensor, tensors[key])

@@ -106,15 +106,20 @@ def newest(folder: str | Path, warn: Callable[[str], None] = print) -> Path | No
   return None
 
 
-def prune(folder: str | Path, keep: int = 2) -> None:
-  """Remove all `checkpoint-<step>.safetensors` of folder but the `keep` of the highest steps."""
-  for old in checkpoints(folder)[:-keep]: old.unlink()
+def prune(folder: str | Path, keep: int = 2, step: int | None = None) -> None:
+  """Remove all `checkpoint-<step>.safetensors` of folder but the `keep` of the highest steps up to `step`, the one just written. Those of higher
+  steps, broken ones that a resumed run passed over, stay and do not count."""
+  steps = [path for path in checkpoints(folder) if step is None or _step(path) <= step]
+  for old in steps[:-keep]: old.unlink()
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
   """All `checkpoint-<step>.safetensors` in folder, whole or not, in the order of their steps."""
   steps = {int(match[1]): p for p in Path(folder).glob("checkpoint-*.safetensors") if (match := re.fullmatch(r"checkpoint-([0-9]+)", p.stem))}
   return [steps[step] for step in sorted(steps)]
+
+
+def _step(path: Path) -> int: return int(path.stem.removeprefix("checkpoint-"))
 
 
 def _decode(data: bytearray) -> tuple[dict[str, np.ndarray], Any]:

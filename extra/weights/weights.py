@@ -8,7 +8,7 @@ from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet import models
 from tinydet.models import retinanet
-from tinydet.nn.init import assign
+from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yolo_published, yolo_weights
 
 WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
@@ -140,7 +140,7 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
     differences = "; ".join(f"{len(keys)} {what} ({some(keys)})" for what, keys in lists if keys)
     raise UserError(f"{path}: {f'is a {kind} and ' if kind else ''}does not fit this network: {differences}")
   for key, tensor in wanted.items():
-    if key in tensors: assign(tensor, tensors[key])
+    if key in tensors: set_values(tensor, tensors[key])
   return notes
 
 

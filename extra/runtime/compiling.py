@@ -1,0 +1,45 @@
+"""From what a function computes to compiled kernels that share one memory."""
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+from tinygrad import Context, UOp
+from tinydet.runtime.graph_file import Workspace
+from tinydet.parts import take
+from tinydet.runtime.workers import workers
+
+_ahead = take("tinygrad.engine.realize:to_program_cache", "tinygrad.engine.realize:to_program_key", "tinygrad.engine.realize:to_program_context",
+              "tinygrad.engine.realize:_get_call_to_compile", "tinygrad.engine.realize:_compile_kernel", "tinygrad.helpers:BEAM",
+              instead="kernels are compiled when all of a graph is scheduled")
+if _ahead: _cache, _cache_key, _context, _call_to_compile, _compile, BEAM = _ahead
+_planner = take("tinygrad.schedule.memory", "tinygrad.schedule.memory:UOp.new_buffer", instead="captured graphs do not share their memory")
+
+
+def make(jit: Any, workspace: Workspace, fused: list[int], calls: list[UOp], held: set[UOp], inputs: list[UOp]) -> UOp:
+  """The compiled kernels that `calls` come to, each scheduled with its PCONTIG of `fused`. `jit` has the parts of tinygrad that `graphs` uses; `held`
+  are buffers that outlive the graph, `workspace(device, size, dtype)` gives those that its kernels work in."""
+  parts: list[UOp] = []
+  compiling: dict[tuple, Future] = {}
+  jit.capturing.append(SimpleNamespace(add_linear=lambda linear, var_vals: parts.extend(linear.src)))
+  try:
+    for call, value in zip(calls, fused):
+      done = len(parts)
+      with Context(PCONTIG=value): jit.schedule(call)
+      _start(parts[done:], compiling)
+    if compiling: _cache.update({key: workers().result(future)[1] for key, future in compiling.items()})
+  finally:
+    jit.capturing.clear()
+    for future in compiling.values(): future.cancel()
+  # tinygrad's planner of the memory asks for it here, and nowhere else
+  planned = patch.object(_planner[0], "UOp", SimpleNamespace(new_buffer=workspace)) if _planner else Context()
+  with Context(JIT=2), planned: return jit.lower(UOp(jit.Ops.LINEAR, src=tuple(parts)), held, inputs)
+
+
+def _start(kernels: list[UOp], compiling: dict[tuple, Future]) -> None:
+  """Give `kernels` to the compiling processes, which are idle while the next part of a graph is scheduled. Those that BEAM is to search first are
+  left to it."""
+  if not _ahead or BEAM or (pool := workers()) is None: return
+  settings = {var.key: var.value for var in _context}
+  for kernel in kernels:
+    if (task := _call_to_compile(kernel)) is None or (key := _cache_key(*task)) in compiling: continue
+    if key not in _cache: compiling[key] = pool.start(_compile, (0, task, settings))

@@ -1,0 +1,56 @@
+"""What this package changes in tinygrad, done when tinygrad is imported: importing the package itself imports nothing, and sets no variables."""
+import functools, sys, threading
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+
+def change_tinygrad() -> None:
+  """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
+  _when_imported("tinygrad.helpers", _cache_of_threads)
+  _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
+  for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
+
+
+def _clang(module: ModuleType) -> None:
+  from tinydet.runtime import clang
+  clang.use_in(module)
+
+
+def _workers(module: ModuleType) -> None:
+  from tinydet.runtime import workers
+  workers.use_in(module)
+
+
+def _cache_of_threads(module: ModuleType) -> None:
+  """A connection to tinygrad's cache of kernels for each thread: sqlite's may not be used in another than the one that opened it."""
+  if not hasattr(module, "db_connection") or not hasattr(module, "_db_connection") or not hasattr(module, "CACHEDB"): return
+  connect, connections, lock = module.db_connection, threading.local(), threading.Lock()
+  def db_connection() -> Any:
+    mine = vars(connections)
+    if (file := module.CACHEDB) not in mine:
+      with lock:
+        module._db_connection = None
+        mine[file] = connect()
+    return mine[file]
+  module.db_connection = db_connection
+
+
+def _when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
+  """Call `change` with the module `name`: at once if it is imported, else right after it will be."""
+  if (module := sys.modules.get(name)) is not None: change(module)
+  else: sys.meta_path.insert(0, SimpleNamespace(find_spec=functools.partial(_spec, name, change)))
+
+
+def _spec(wanted: str, change: Callable[[ModuleType], None], name: str, path: Any = None, target: Any = None) -> Any:
+  """The module's own, whose loader calls `change` at the end."""
+  if name != wanted: return None
+  others = [finder for finder in sys.meta_path if getattr(getattr(finder, "find_spec", None), "func", None) is not _spec]
+  spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+  if spec is None or spec.loader is None: return None
+  execute = spec.loader.exec_module
+  def exec_module(module: ModuleType) -> None:
+    execute(module)
+    change(module)
+  spec.loader.exec_module = exec_module
+  return spec
