@@ -28,6 +28,7 @@ from tinygrad import Context, Device, GlobalCounters, Tensor, TinyJit
 from tinygrad.nn import optim as tinygrad_optim
 from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinydet import detectors
 from tinydet.datasets import open_dataset
 from tinydet.datasets.loader import Loader
 from tinydet.datasets.shapes import Shapes
@@ -36,9 +37,9 @@ from tinydet.datasets.transforms import compose, horizontal_flip, resize
 from tinydet.detection import losses as detection_losses
 from tinydet.detection.anchors import anchors, level_sizes
 from tinydet.detection.matcher import match
-from tinydet.detection.postprocess import detect
+from tinydet.detection.postprocess import select
 from tinydet.models import resnet, retinanet
-from tinydet.models.preprocess import MEAN, STD, normalize
+from tinydet.models.preprocess import MEAN, STD
 from tinydet.nn import init, layers
 from tinydet.training import optim
 from tinydet.training.loop import make_step
@@ -86,20 +87,16 @@ class Config:
 
 def our_step(config: Config, gpus: tuple[str, ...]) -> Callable[..., float]:
   """A step as `train_retinanet.py` runs it: (images, boxes, labels) -> loss. Its first call captures."""
-  width, height = config.size
-  model = retinanet.build(detector_name(config), config.classes, config.norm)
-  tensors = get_state_dict(model)
+  canvas = config.size[::-1]
+  detector = detectors.build(detector_name(config), config.classes, norm=config.norm)
+  tensors = get_state_dict(detector.network)
   params, buffers = {key: t for key, t in tensors.items() if t.is_param}, [t for t in tensors.values() if not t.is_param]
   optimizer = optim.Optimizer(params, "sgd", optim.schedule("constant", LR, 1), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY,
                               norm_weight_decay=WEIGHT_DECAY)
-  level_anchors = Tensor(anchors(height, width))
-  replicate([*tensors.values(), *optimizer.state().values(), level_anchors], gpus)
+  replicate([*tensors.values(), *optimizer.state().values(), *detector.constants(canvas)], gpus)
 
   def losses(images: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    classes, matched = match(level_anchors, boxes, labels)
-    outputs = model(normalize(images, DTYPES[config.dtype]))
-    classification, regression = detection_losses.detection_losses(*outputs, level_anchors, classes, matched)
-    return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
+    return detector.losses(detector(images, DTYPES[config.dtype]), boxes, labels, canvas)
 
   step = make_step(losses, optimizer, buffers)
   return lambda *batch: step(*batch)()["loss"]
@@ -375,7 +372,7 @@ def measure_postprocess(side: int, classes: int, repeats: int = 5) -> dict[str, 
     logits, seconds = Tensor(noise + np.float32(mean)).realize(), []
     for _ in range(1 + repeats):
       begun = time.perf_counter()
-      detect(logits, deltas, Tensor(level_anchors), levels, sizes)
+      select(logits, deltas, Tensor(level_anchors), levels, sizes)
       seconds.append(time.perf_counter() - begun)
     rates[kind] = 1 / float(np.median(seconds[1:]))   # the first one warms up
   return rates

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tinydet.runtime.device import require_device
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.config import option, parse, show_size, size as parse_size, split_words
+from tinydet.config import named_sources, option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image
 from tinydet.datasets import open_dataset
@@ -25,7 +25,7 @@ from tinydet.datasets.download import local_folder
 from tinydet.datasets.files import expand
 from tinydet.datasets.subset import Subset
 from tinydet.datasets.video import Video, VideoWriter, pixels, require_av
-from tinydet.predict import Detector, Found, detector, read_picture
+from tinydet.predict import Found, Predictor, predictor, read_picture
 from tinydet.weights import checkpoint
 from tinydet.reporting.pictures import draw_boxes
 from tinydet.runtime.precision import DTYPES
@@ -59,8 +59,8 @@ class Config:
   variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
   classes: tuple | None = option(None, "find only these, as cat,dog", parse=words, show=",".join, group="model")
   score_threshold: float = option(0.05, "drop detections that score less", minimum=0, maximum=1, group="model")
-  nms_threshold: float = option(0.5, "drop detections that overlap a better one of their class with an IoU above this", minimum=0, maximum=1,
-                                group="model")
+  nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
+                                       "detector's own", minimum=0, maximum=1, group="model")
   max_detections: int = option(300, "most detections a picture", minimum=1, group="model")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="model")
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="model")
@@ -87,7 +87,7 @@ class Picture:
 
 class Results:
   """What was found: written to the folder as it comes, and counted."""
-  def __init__(self, folder: Path, detector: Detector, draw_threshold: float, files: ExitStack):
+  def __init__(self, folder: Path, detector: Predictor, draw_threshold: float, files: ExitStack):
     self.folder, self.detector, self.draw_threshold, self.images, self.total = folder, detector, draw_threshold, [], 0
     self.counts, self.pictures, self.scores = Counter(), Counter(), Counter()
     self.taken: set[str] = set()
@@ -253,13 +253,13 @@ def main(config: Config) -> None:
 
   # no larger than what there is to fill it, as far as that is known
   bs = config.bs if videos or config.tile else min(config.bs, -(-len(pictures) // config.gpus) * config.gpus)
-  found_by = detector(config.weights, variant=config.variant, size=config.size, max_size=config.max_size, batch_size=bs, gpus=config.gpus,
+  found_by = predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size, batch_size=bs, gpus=config.gpus,
                       dtype=config.dtype, class_names=None if dataset is None else tuple(dataset.class_names))
   if dataset is not None: found_by.category_ids = dataset.category_ids
   if config.classes: found_by.labels_of(config.classes)
   for note in found_by.notes: print(f"note: {note}")
   what = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for n, kind in ((len(pictures), "picture"), (len(videos), "video")) if n)
-  print(f"{found_by.about['model']} from {found_by.about['weights']}: {what} at {found_by.input} on {', '.join(found_by.devices)}")
+  print(f"{found_by.about['model']} from {found_by.about['weights']}: {what} at {found_by.fit} on {', '.join(found_by.devices)}")
 
   first, since = 0, time.monotonic()   # pictures of the first batch, which compiles, and when they were done
   def stream(items: Iterable, load: Callable) -> Iterator:
@@ -314,6 +314,7 @@ if __name__ == "__main__":
     if config.source is None and config.data is None:
       if config.sources["weights"] != "default": raise UserError("nothing to look at: name pictures, folders, videos or webcam, or give --data")
       config = parse(Config, PRESETS, flags, os.environ, "demo")
-    require_device()
-    signal.signal(signal.SIGINT, stop)
-    main(config)
+    with named_sources(config):
+      require_device()
+      signal.signal(signal.SIGINT, stop)
+      main(config)

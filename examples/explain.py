@@ -13,33 +13,29 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tinydet.runtime.device import require_device
-from tinydet.errors import UserError, exit_on_user_error
-from tinydet.config import option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
+from tinydet.config import named_sources, option, parse, show_size, size as parse_size, split_words
 from tinydet.datasets import open_dataset
 from tinydet.datasets.download import local_folder
 from tinydet.datasets.files import expand
+from tinydet.datasets.sample import Sample
 from tinydet.datasets.subset import Subset
 from tinydet.datasets.transforms import MEAN_GREY
 from tinydet.detection import explain, postprocess
-from tinydet.detection.anchors import LEVELS, anchors, level_sizes
-from tinydet.predict import Detector, read_picture
-from tinydet.models import retinanet
-from tinydet.models.preprocess import normalize
-from tinydet.weights import checkpoint
-from tinydet.runtime.graphs import jit
+from tinydet.detectors import Detector
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.predict import Predictor, read_picture
 from tinydet.reporting.pictures import draw_boxes, draw_heat
+from tinydet.runtime.device import require_device
+from tinydet.runtime.graphs import jit
+from tinydet.weights import checkpoint
 
 RANDOM_MAPS = 4       # that a map is compared with: one alone may be lucky
 BLUR = 1 / 16         # deviation of the Gaussian that insertion starts from, of the picture's longer side
 PANEL = 640           # longer side of a picture in a panel, pixels
-STAGES = {            # from the output down, what --check randomises: name -> prefixes of the tensors' names
-  "class logits": ("head.classification_head.cls_logits.",), "class head": ("head.classification_head.conv.",), "pyramid": ("backbone.fpn.",),
-  **{f"layer{i}": (f"backbone.body.layer{i}.",) for i in (4, 3, 2, 1)}, "stem": ("backbone.body.conv1.", "backbone.body.bn1.")}
 
 
 @dataclass
@@ -77,27 +73,33 @@ PRESETS = {"demo": {"data": "shapes:1", "weights": "shapes", "images": 8}}   # w
 class Network:
   """A detector as the functions that an explanation needs, each captured once. `names` and `strides` are those of the levels of feature maps."""
   def __init__(self, detector: Detector, layer: str):
-    body, pyramid, head = detector.model.backbone.body, detector.model.backbone.fpn, detector.model.head
-    if layer == "backbone": below, above = lambda x: body.features(x)[1:], pyramid
-    else: below, above = lambda x: pyramid(body.features(x)[1:]), lambda levels: levels
-    levels = LEVELS[:3] if layer == "backbone" else LEVELS
-    self.names, self.strides = [f"{'C' if layer == 'backbone' else 'P'}{level}" for level in levels], [2 ** level for level in levels]
+    levels = detector.levels(layer)
+    self.names, self.strides = list(levels), list(levels.values())
+    canvas: list[tuple[int, int]] = []   # of the picture at hand, for what is captured
+
+    def logits(features: list[Tensor]) -> Tensor: return detector.class_scores(detector.head(features, layer), canvas[-1])
 
     @jit
     def forward(images: Tensor) -> tuple[Tensor, ...]:
-      features = below(normalize(images))
-      levels = above(features)
-      return *(f.contiguous() for f in features), head.classification_head(levels).contiguous(), head.regression_head(levels).contiguous()
+      features = detector.features(detector.prepare(images), layer)
+      return *(f.contiguous() for f in features), *(output.contiguous() for output in detector.head(features, layer))
 
     @jit
     def gradients(entry: Tensor, *features: Tensor) -> list[Tensor]:
-      return [g.contiguous() for g in explain.gradients(lambda features: head.classification_head(above(features)), list(features), entry)]
+      return [g.contiguous() for g in explain.gradients(logits, list(features), entry)]
 
     @jit
     def scores(images: Tensor, entry: Tensor) -> Tensor:
-      logits = head.classification_head(above(below(normalize(images)))).reshape(images.shape[0], -1)
-      return (Tensor.arange(logits.shape[1]) == entry).where(logits, 0).sum(1).sigmoid().contiguous()
-    self.forward, self._gradients, self._scores = forward, gradients, scores
+      found = logits(detector.features(detector.prepare(images), layer)).reshape(images.shape[0], -1)
+      chosen = (Tensor.arange(found.shape[1]) == entry).where(found, 0).sum(1)
+      return (chosen.sigmoid() if detector.sigmoid else chosen).contiguous()
+    self._canvas, self._forward, self._gradients, self._scores = canvas, forward, gradients, scores
+
+  def forward(self, image: np.ndarray) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Feature maps and outputs for a canvas u8 [H,W,3]."""
+    self._canvas.append(image.shape[:2])
+    found, count = self._forward(Tensor(image[None])), len(self.names)
+    return list(found[:count]), tuple(found[count:])
 
   def maps(self, method: str, features: list[Tensor], entries: list[int]) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """Maps and shares (see `explain.level_maps`) of the scores numbered anchor * K + label, from the features of `forward`."""
@@ -114,43 +116,44 @@ class Network:
 
 # ---------------------------------------------------------------------------------------------------------------------------- one picture
 
-def explain_picture(image: np.ndarray, detector: Detector, network: Network, config: Config) -> Iterator[tuple[dict, np.ndarray]]:
+def explain_picture(image: np.ndarray, predictor: Predictor, network: Network, config: Config) -> Iterator[tuple[dict, np.ndarray]]:
   """The numbers of each of the picture's surest detections, as explanations.json has them, and its panel u8 [H,W,3]."""
-  sample = detector.prepare(image)
+  detector, sample = predictor.detector, predictor.fit.place(image)
   content, canvas = sample.content_size, sample.image
-  side, rows = canvas.shape[:2], level_sizes(*canvas.shape[:2])
-  *features, logits, deltas = network.forward(Tensor(canvas[None]))
-  found = postprocess.detect(logits, deltas, Tensor(anchors(*side)), rows, np.array([content]),
-                             score_threshold=config.threshold, max_detections=config.top)
-  boxes = postprocess.to_original(found, np.array([content]), np.array([image.shape[:2]])).boxes[0]
+  side, origin = canvas.shape[:2], np.array([sample.origin])
+  features, outputs = network.forward(canvas)
+  corner = sample.origin
+  found = detector.detect(outputs, side, np.array([content]), origin, score_threshold=config.threshold, max_detections=config.top)
+  boxes = postprocess.to_original(found, np.array([content]), np.array([image.shape[:2]]), origin).boxes[0]
   count = found.counts[0]
-  entries = (found.anchors[0, :count].astype(int) * logits.shape[2] + found.labels[0, :count]).tolist()
+  entries = (found.anchors[0, :count].astype(int) * detector.num_classes + found.labels[0, :count]).tolist()
   explained = network.maps(config.method, features, entries)
-  heats = [explain.combine(maps, shares, network.strides, content, content).sum(0) for maps, shares in explained]
+  heats = [explain.combine(maps, shares, network.strides, content, content, corner).sum(0) for maps, shares in explained]
   if config.check:
-    curves = [check_curves(canvas, content, heat, maps[shares.argmax()].shape, network.strides[shares.argmax()],
+    curves = [check_curves(sample, heat, maps[shares.argmax()].shape, network.strides[shares.argmax()],
                            lambda canvases, entry=entry: network.scores(canvases, entry, config.bs))
               for heat, (maps, shares), entry in zip(heats, explained, entries)]
-    changes = check_weights(detector, network, config.method, canvas, content, heats, entries)
+    changes = check_weights(detector, network, config.method, sample, heats, entries)
 
+  inside_window = found.boxes[0] - np.tile(np.float32(corner[::-1]), 2)   # the maps are of the picture, not of the canvas
   for i, (maps, shares) in enumerate(explained):
     label, score, box, anchor = int(found.labels[0, i]), float(found.scores[0, i]), boxes[i], int(found.anchors[0, i])
-    about = {"class": detector.class_names[label], "score": score, "box": box.astype(float).tolist(), "anchor": anchor,
-             "level": f"P{LEVELS[int(np.searchsorted(np.cumsum(rows), anchor, side='right'))]}",
-             "shares": dict(zip(network.names, shares.tolist())), "inside": explain.inside(heats[i], found.boxes[0, i])}
+    about = {"class": predictor.class_names[label], "score": score, "box": box.astype(float).tolist(), "anchor": anchor,
+             "level": detector.level_of(anchor, side), "shares": dict(zip(network.names, shares.tolist())),
+             "inside": explain.inside(heats[i], inside_window[i])}
     if config.check: about |= {"curves": curves[i], "randomised": changes[i]}
-    yield about, panel(image, box, label, score, detector.class_names, config.method, network, maps, shares, content)
+    yield about, panel(image, box, label, score, predictor.class_names, config.method, network, maps, shares, sample)
 
 
 def panel(image: np.ndarray, box: np.ndarray, label: int, score: float, class_names: list[str], method: str, network: Network,
-          maps: list[np.ndarray], shares: np.ndarray, content: tuple[int, int]) -> np.ndarray:
+          maps: list[np.ndarray], shares: np.ndarray, sample: Sample) -> np.ndarray:
   """The picture and the map of all levels over it, both with the box, and below them the map of each level, as bright as its share, u8 [H,W,3]."""
   scale = PANEL / max(image.shape[:2])
   height, width = (max(1, round(side * scale)) for side in image.shape[:2])
   image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
   def boxed(picture: np.ndarray) -> np.ndarray:
     return draw_boxes(picture, box[None] * scale, np.array([label]), np.array([score]), class_names)
-  parts = explain.combine(maps, shares, network.strides, content, (height, width))
+  parts = explain.combine(maps, shares, network.strides, sample.content_size, (height, width), sample.origin)
   upper = [(f"{class_names[label]} {score:.2f}", boxed(image)),
            (f"{method}, {network.names[0]} to {network.names[-1]}", boxed(draw_heat(image, parts.sum(0))))]
   small = 2 * width // len(maps), max(1, 2 * height // len(maps))
@@ -170,32 +173,31 @@ def panel(image: np.ndarray, box: np.ndarray, label: int, score: float, class_na
 
 # ---------------------------------------------------------------------------------------------------------------------------- checks
 
-def check_curves(canvas: np.ndarray, content: tuple[int, int], heat: np.ndarray, cells: tuple[int, int], stride: int,
+def check_curves(sample: Sample, heat: np.ndarray, cells: tuple[int, int], stride: int,
                  score: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-  """Deletion and insertion of the map `heat` over the part of `canvas` that is picture, and their means over random maps as coarse as it is, whose
+  """Deletion and insertion of the map `heat` over the part of the canvas that is picture, and their means over random maps as coarse as it is, whose
   `cells` have a `stride`: noise of single pixels would say more about the network's taste for noise."""
-  picture = canvas[:content[0], :content[1]]
+  content, picture = sample.content_size, sample.image[sample.window]
   blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(BLUR * max(content))))
   def score_parts(parts: np.ndarray) -> np.ndarray:
-    canvases = np.repeat(canvas[None], len(parts), 0)
-    canvases[:, :content[0], :content[1]] = parts
+    canvases = np.repeat(sample.image[None], len(parts), 0)
+    canvases[(slice(None), *sample.window)] = parts
     return score(canvases)
   measure = lambda heat: explain.deletion_and_insertion(score_parts, picture, blurred, np.full_like(picture, MEAN_GREY), heat)
   rng = np.random.default_rng(0)
-  random = np.mean([measure(explain.resample(rng.random(cells), stride, content, content)) for _ in range(RANDOM_MAPS)], 0)
+  random = np.mean([measure(explain.resample(rng.random(cells), stride, content, content, sample.origin)) for _ in range(RANDOM_MAPS)], 0)
   return dict(zip(("deletion", "insertion", "random_deletion", "random_insertion"), (*measure(heat), *random.tolist())))
 
 
-def check_weights(detector: Detector, network: Network, method: str, canvas: np.ndarray, content: tuple[int, int], heats: list[np.ndarray],
-                  entries: list[int]) -> list[list[dict]]:
-  """For each map of `heats`, how like it is to the one after each of STAGES is randomised too: [{stage, rank_correlation, ssim}, ...]."""
-  state = {key: tensor for key, tensor in get_state_dict(detector.model).items() if not key.endswith("num_batches_tracked")}
-  stages = {name: {key: tensor for key, tensor in state.items() if key.startswith(prefixes)} for name, prefixes in STAGES.items()}
-  rng, changes = np.random.default_rng(0), [[] for _ in heats]
-  for stage in explain.cascade(stages, lambda key, shape: retinanet.init_rule(key, shape)(rng, shape)):
-    *features, _, _ = network.forward(Tensor(canvas[None]))
+def check_weights(detector: Detector, network: Network, method: str, sample: Sample, heats: list[np.ndarray], entries: list[int]) -> list[list[dict]]:
+  """For each map of `heats`, how like it is to the one after each of the detector's stages is randomised: [{stage, rank_correlation, ssim}, ...]."""
+  state = {key: tensor for key, tensor in get_state_dict(detector.network).items() if not key.endswith("num_batches_tracked")}
+  stages = {name: {key: tensor for key, tensor in state.items() if key.startswith(prefixes)} for name, prefixes in detector.stages.items()}
+  rng, changes, content = np.random.default_rng(0), [[] for _ in heats], sample.content_size
+  for stage in explain.cascade(stages, lambda key, shape: detector.init_rule(key, shape)(rng, shape)):
+    features, _ = network.forward(sample.image)
     for heat, change, (maps, shares) in zip(heats, changes, network.maps(method, features, entries)):
-      other = explain.combine(maps, shares, network.strides, content, content).sum(0)
+      other = explain.combine(maps, shares, network.strides, content, content, sample.origin).sum(0)
       change.append({"stage": stage, "rank_correlation": explain.rank_correlation(heat, other), "ssim": explain.ssim(heat, other)})
   return changes
 
@@ -213,11 +215,13 @@ def main(config: Config) -> None:
     if videos: raise UserError(f"{videos[0]}: is a video or a camera; explain pictures, such as frames of it")
     pictures = [(str(file), lambda file=file: read_picture(file)) for file in files[:config.images or None]]
 
-  detector = Detector(config.weights, variant=config.variant, size=config.size, max_size=config.max_size)   # its own: --check changes the weights
-  network = Network(detector, config.layer)
-  for note in detector.notes: print(f"note: {note}")
-  print(f"{detector.about['model']} from {detector.about['weights']}: {config.method} of {network.names[0]} to {network.names[-1]}, {len(pictures)} "
-        f"picture{'s' * (len(pictures) > 1)} at {detector.input}\n")
+  found_by = Predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size,
+                       fold=False)   # its own: --check changes the weights
+  network = Network(found_by.detector, config.layer)
+  found_by.place(found_by.fit.canvases())
+  for note in found_by.notes: print(f"note: {note}")
+  print(f"{found_by.about['model']} from {found_by.about['weights']}: {config.method} of {network.names[0]} to {network.names[-1]}, {len(pictures)} "
+        f"picture{'s' * (len(pictures) > 1)} at {found_by.fit}\n")
   print(f"{'picture':32} {'class':16} {'score':>5} {'level':>5} {'in box':>6}" +
         f"{'deletion':>10} {'random':>6} {'insertion':>10} {'random':>6}" * config.check, flush=True)
 
@@ -232,7 +236,7 @@ def main(config: Config) -> None:
       stem = next(s for n in itertools.count(1) if (s := f"{base}{f'_{n}' if n > 1 else ''}").lower() not in taken)
       taken.add(stem.lower())
       about = {"file": name, "height": image.shape[0], "width": image.shape[1], "detections": []}
-      for number, (numbers, drawn) in enumerate(explain_picture(image, detector, network, config), 1):
+      for number, (numbers, drawn) in enumerate(explain_picture(image, found_by, network, config), 1):
         path = folder / f"{stem}-{number}.jpg"
         with checkpoint.whole_file(path) as f: Image.fromarray(drawn).save(f, "JPEG", quality=92)
         about["detections"].append(numbers | {"drawn": path.name})
@@ -290,5 +294,6 @@ if __name__ == "__main__":
     if config.source is None and config.data is None:
       if config.sources["weights"] != "default": raise UserError("nothing to explain: name pictures, folders or patterns, or give --data")
       config = parse(Config, PRESETS, flags, os.environ, "demo")
-    require_device()
-    main(config)
+    with named_sources(config):
+      require_device()
+      main(config)

@@ -10,14 +10,8 @@ import os, sys
 from dataclasses import dataclass
 from pathlib import Path
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.config import option, parse
-import numpy as np
-from tinydet.models import resnet, retinanet
-from tinydet.weights import checkpoint, torch_file
-from tinydet.weights.weights import open_weights
-
-WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
-           ".safetensors": checkpoint.save}
+from tinydet.config import named_sources, option, parse
+from tinydet.weights.weights import WRITERS, export_weights
 
 
 @dataclass
@@ -29,17 +23,11 @@ class Config:
 
 
 def main(config: Config) -> None:
-  if (suffix := Path(config.out).suffix.lower()) not in WRITERS: raise UserError(f"--out {config.out}: end it with {' or '.join(WRITERS)}")
-  path, tensors, about, notes = open_weights(config.weights, config.architecture)
-  shapes = {key: tensor.shape for key, tensor in tensors.items()}
-  if (name := retinanet.recognise(shapes) or resnet.recognise(shapes)) is None: raise UserError(f"{path}: is no network of this project")
-  # torch's batch norms count their batches, and its strict loading asks for the count; frozen norms ignore it
-  for key in [k for k in tensors if k.endswith("running_var")]: tensors.setdefault(key.replace("running_var", "num_batches_tracked"), np.array(0))
-  if config.half: tensors = {k: v.astype(np.float16) if v.dtype.kind == "f" else v for k, v in tensors.items()}
-  WRITERS[suffix](Path(config.out), tensors, about | {"model": name})
+  if Path(config.out).suffix.lower() not in WRITERS: raise UserError(f"--out {config.out}: end it with {' or '.join(WRITERS)}")
+  name, tensors, notes = export_weights(config.weights, config.architecture, config.out, config.half)
   for note in notes: print(f"note: {note}")
   print(f"{config.out}: {name}, {len(tensors)} tensors, {sum(v.nbytes for v in tensors.values()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-  with exit_on_user_error(): main(parse(Config, {}, sys.argv[1:], os.environ))
+  with exit_on_user_error(), named_sources(config := parse(Config, {}, sys.argv[1:], os.environ)): main(config)

@@ -7,6 +7,7 @@ frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skate
 knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, N/A,
 dining table, N/A, N/A, toilet, N/A, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, N/A, book, clock,
 vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", "))
+COCO80 = tuple(name for name in COCO[1:] if name != "N/A")   # the 80 that it uses, in the order of their ids: YOLO's labels
 # The 264 classes of Open Images that MLPerf uses, in label order: mlcommons/training, single_stage_detector/scripts/download_openimages_mlperf.sh.
 MLPERF = tuple("""Airplane, Antelope, Apple, Backpack, Balloon, Banana, Barrel, Baseball bat, Baseball glove, Bee, Beer, Bench, Bicycle, Bicycle
 helmet, Bicycle wheel, Billboard, Book, Bookcase, Boot, Bottle, Bowl, Bowling equipment, Box, Boy, Brassiere, Bread, Broccoli, Bronze sculpture,

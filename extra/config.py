@@ -1,12 +1,14 @@
 """Configuration: one dataclass at the top of a program; every field is a flag, an environment variable and a line of `--help`."""
-import dataclasses, difflib, json, math, re, sys, textwrap, types, typing
-from collections.abc import Callable, Mapping, Sequence
+import contextlib, dataclasses, difflib, json, math, re, sys, textwrap, types, typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from tinydet.errors import UserError
 
 Config = TypeVar("Config")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+PREFIX = "TINYDET_"
+BARE = ("bs", "epochs", "lr", "seed", "gpus", "wandb")   # whose variables have no prefix: tinygrad's own examples read them
 
 
 def option(default: Any, help: str, *, choices: Sequence | None = None, minimum: float | None = None, maximum: float | None = None,
@@ -17,7 +19,7 @@ def option(default: Any, help: str, *, choices: Sequence | None = None, minimum:
   choices, minimum and maximum (both inclusive) bound the value wherever it comes from. parse turns the text of a flag or variable into the value and
   raises ValueError with what it accepts; without it the field's type decides: int, float, str, bool, or one of them `| None`, written "none".
   A float must be finite; `parse=float` lifts that. show turns the value back into its text, for `--help` and logs. env is its environment variable
-  where that is not its name in capitals. group is its heading in `--help`.
+  where that is not what `variable` makes of its name. group is its heading in `--help`.
   """
   about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "parse": parse, "show": show, "env": env, "group": group}
   return dataclasses.field(default=default, metadata=about)
@@ -41,13 +43,14 @@ def show_input(size: tuple[int, int], max_size: int) -> str:
 
 
 def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str], environ: Mapping[str, str],
-          default_preset: str | None = None) -> Config:
+          default_preset: str | None = None, kept: Mapping[str, Any] | None = None) -> Config:
   """Fill config_class, a dataclass of `option`s, from a flag, else the environment, else the preset, else the default.
 
-  A field `trainable_layers` is the flag `--trainable-layers N` (or `=N`) and the variable TRAINABLE_LAYERS, or its option's `env`; a bool `ema` is
-  `--ema`, `--no-ema` and EMA=1 or EMA=0. `--preset NAME` or PRESET picks one of presets (name -> field -> value). An empty variable counts as unset;
-  the last of a repeated flag wins; `--help` prints and exits. argv is without the program's name. The result also carries `preset` (name or None) and
-  `sources` (field -> the flag or variable that set it, "preset NAME" or "default"). UserError names the flag or variable and what it accepts.
+  A field `trainable_layers` is the flag `--trainable-layers N` (or `=N`) and a variable (see `variable`); a bool `ema` is `--ema`, `--no-ema` and
+  TINYDET_EMA=1 or 0. `--preset NAME` or TINYDET_PRESET picks one of presets (name -> field -> value). An empty variable counts as unset; the last of
+  a repeated flag wins; `--help` prints and exits. argv is without the program's name. `kept`, what `recall` read of a run that goes on, takes the
+  place of the preset: one that is named again must be the one of then. The result also carries `preset` (name or None) and `sources` (field -> the
+  flag or variable that set it, "preset NAME", "the run" or "default"). UserError names the flag or variable and what it accepts.
   """
   fields = {f.name: f for f in dataclasses.fields(config_class)}
   kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items() if name in fields}
@@ -58,15 +61,19 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
   if "help" in flags:
     print(_help(config_class, fields, kinds, presets, default_preset))
     sys.exit(0)
-  variables = {"preset": "PRESET"} | {name: variable(field) for name, field in fields.items()}
+  variables = {"preset": f"{PREFIX}PRESET"} | {name: variable(field) for name, field in fields.items()}
   given = {name: (f"{key}={environ[key]}", key, environ[key]) for name, key in variables.items() if environ.get(key)} | flags
 
   preset = default_preset
   if "preset" in given:
     where, _, preset = given.pop("preset")
     if preset not in presets: raise UserError(f"{where}: no such preset; choose from {', '.join(presets) or 'none: this program has no presets'}")
-  values = dict(presets[preset]) if preset else {}
-  sources = {name: f"preset {preset}" if name in values else "default" for name in fields}
+    began = (kept or {}).get("preset", preset)
+    if preset != began and began in presets:
+      raise UserError(f"{where}: the run that is resumed was begun with --preset {began}; leave it out, or choose another --run-name")
+  values, preset = (dict(presets[preset]) if preset else {}, preset) if kept is None else (dict(kept), kept.get("preset"))
+  values.pop("preset", None)
+  sources = {name: ("the run" if kept is not None else f"preset {preset}") if name in values else "default" for name in fields}
   for name, (where, source, text) in given.items():
     try: _check(fields[name], value := _convert(fields[name], kinds[name], text))
     except ValueError as e: raise UserError(f"{where}: {e}") from None
@@ -78,8 +85,31 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
 
 
 def variable(field: dataclasses.Field) -> str:
-  """The environment variable of an `option`."""
-  return field.metadata.get("env") or field.name.upper()
+  """The environment variable of an `option`: its name in capitals after TINYDET_, so that no other program's variable is taken for a setting; the few
+  that tinygrad's own examples read have no prefix."""
+  return field.metadata.get("env") or ("" if field.name in BARE else PREFIX) + field.name.upper()
+
+
+@contextlib.contextmanager
+def named_sources(config: Any) -> Iterator[None]:
+  """A UserError from inside whose message names a flag that nobody typed, its value having come from a variable, says which."""
+  try: yield
+  except UserError as e:
+    message = str(e)
+    for field in dataclasses.fields(config):
+      source, flag = config.sources.get(field.name, ""), "--" + field.name.replace("_", "-")
+      value = _show(field, getattr(config, field.name))
+      named = re.search(rf"{flag}(?![\w-])", message) or (isinstance(getattr(config, field.name), str) and message.startswith(f"{value}: "))
+      if source == variable(field) and named and source not in message: message += f" ({flag} comes from the variable {source})"
+    if message == str(e): raise
+    raise UserError(message) from e
+
+
+def differences(before: Mapping[str, Any], config: Any) -> str:
+  """"lr=0.5 (was 0.003) ...": the settings of `config` that differ from those that `recall` read."""
+  fields = {f.name: f for f in dataclasses.fields(config)}
+  changed = [(f, before[name]) for name, f in fields.items() if name in before and before[name] != getattr(config, name)]
+  return " ".join(f"{f.name}={_show(f, getattr(config, f.name))} (was {_show(f, old)})" for f, old in changed if f.name not in ("resume", "out"))
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -105,11 +135,24 @@ def split_words(argv: list[str], switches: tuple[str, ...] = ()) -> tuple[tuple[
 
 
 def recall(config_class: type[Config], file: str | Path) -> dict[str, Any]:
-  """What `as_dict` wrote to the JSON `file`, as a preset for `parse`, less fields that the class no longer has. UserError if it cannot be read."""
+  """What `as_dict` wrote to the JSON `file`, for `parse`, less fields that the class no longer has. UserError if it cannot be read, or was edited
+  into what no setting can be."""
   try: values = json.loads(Path(file).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as e: raise UserError(f"{file}: cannot be read as a configuration ({e})") from None
-  names = {f.name for f in dataclasses.fields(config_class)}
-  return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in names}
+  except (OSError, ValueError, RecursionError) as e: raise UserError(f"{file}: cannot be read as a configuration ({e})") from None
+  if not isinstance(values, dict): raise UserError(f"{file}: cannot be read as a configuration: it is no JSON object")
+  fields, kinds = {f.name: f for f in dataclasses.fields(config_class)}, typing.get_type_hints(config_class)
+  kept = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in fields}
+  for name, value in kept.items():
+    (kind, optional), field = _kind(kinds[name]), fields[name]
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float else isinstance(value, kind) and (
+      kind is bool or not isinstance(value, bool))
+    if not (fits or (value is None and optional)): raise UserError(f"{file}: {name}: {value!r} is not what --{name.replace('_', '-')} can be")
+    try:
+      if kind is tuple and value and field.metadata.get("parse") is not None: _convert(field, (kind, optional), _show(field, value))
+      _check(field, value)
+    except (ValueError, TypeError) as e: raise UserError(f"{file}: {name}: {value!r}: {e}") from None
+  preset = values.get("preset")
+  return kept | ({"preset": preset} if isinstance(preset, str) else {})
 
 
 def describe(config: Any) -> str:
@@ -202,7 +245,7 @@ def _help(config_class: type, fields: dict[str, dataclasses.Field], kinds: dict,
   doc = config_class.__doc__ or ""
   lines = ([] if not doc or doc.startswith(f"{config_class.__name__}(") else [textwrap.dedent(doc).strip(), ""])
   lines += ["Each setting comes from its flag, else its environment variable (in brackets), else the preset, else the default."]
-  if presets: lines += ["", f"  --preset NAME (PRESET)   {', '.join(presets)}" + (f"; default {default_preset}" if default_preset else "")]
+  if presets: lines += ["", f"  --preset NAME ({PREFIX}PRESET)   {', '.join(presets)}" + (f"; default {default_preset}" if default_preset else "")]
   shared = {f.metadata.get("group") for base in config_class.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
   ordered = sorted(fields.values(), key=lambda f: f.metadata.get("group") in shared)   # what a program adds comes first
   for group in dict.fromkeys(f.metadata.get("group", "options") for f in ordered):

@@ -17,7 +17,7 @@ except ImportError: fcntl = None   # Windows: two processes at one file are not 
 PATIENCE = 20.0   # seconds without a byte, all tries together, until a host counts as out of reach
 PAUSES = 0.5, 1.0, 2.0   # seconds before each further try
 LARGE = 10 ** 9   # bytes whose checksum takes seconds
-CHECKSUM = re.compile("sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}")
+CHECKSUM = re.compile("sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}|unknown:")
 
 
 class Unreachable(Exception):
@@ -28,16 +28,17 @@ class Unreachable(Exception):
 def fetch(url: str, checksum: str, folder: Path) -> Path:
   """The verified file that `url` ends in, in `folder`, downloaded where it is not there yet.
 
-  `checksum` is "sha256:" and the first 8 to 64 hexadecimal digits, or "md5:" and all 32. A file that is there is verified each time and makes no
-  request. Otherwise bytes come from the url or, where the environment names one in TINYDET_MIRROR, from a mirror: a folder, file:// or http(s)://
-  under which files lie by their names. They go into `<name>.partial`, locked (another process waits and then finds the file), which the next call
-  goes on from. UserError, with the mend, where the file is out of reach, is another one or does not fit the disk: what was there before stays, and
-  where not one byte came nothing new stays."""
+  `checksum` is "sha256:" and the first 8 to 64 hexadecimal digits, "md5:" and all 32, or "unknown:" where none is published. A file that is there is
+  verified each time and makes no request. Otherwise bytes come from the url or, where the environment names one in TINYDET_MIRROR, from a mirror: a
+  folder, file:// or http(s):// under which files lie by their names. They go into `<name>.partial`, locked (another process waits and then finds the
+  file), which the next call goes on from. UserError, with the mend, where the file is out of reach, is another one or does not fit the disk: what was
+  there before stays, and where not one byte came nothing new stays."""
   if CHECKSUM.fullmatch(checksum) is None: raise ValueError(f"{checksum!r} is no checksum")
   name, mirror, algorithm = unquote(urlsplit(url).path).rsplit("/", 1)[-1], os.environ.get("TINYDET_MIRROR", ""), checksum.partition(":")[0]
   path, partial, tag = (folder/f"{name}{suffix}" for suffix in ("", ".partial", ".partial.tag"))
   source, missing = _on_mirror(mirror, name) if mirror else url, [p for p in (folder, *folder.parents) if not p.exists()]
   def found(file: Path) -> str:
+    if algorithm == "unknown": return checksum
     if (size := file.stat().st_size) > LARGE: print(f"verifying {name} ({size_text(size)})", file=sys.stderr)
     with open(file, "rb") as f: return f"{algorithm}:{hashlib.file_digest(f, algorithm).hexdigest()}"
   try:

@@ -1,4 +1,4 @@
-"""Detection in one call: pictures in, boxes with scores and class names out. This file stands above the rooms and may import from all of them."""
+"""Detection in one call: pictures in, boxes with scores and class names out."""
 import functools, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
-from tinygrad import Context, Device, Tensor
+from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
-from tinydet.runtime.device import require_device
-from tinydet.datasets.buckets import upright_and_flat
+from tinydet.datasets.fit import Fit
 from tinydet.datasets.image import opened, to_rgb
-from tinydet.datasets.sample import Sample
-from tinydet.datasets.transforms import for_network, pad_to
 from tinydet.detection import postprocess, tiles
-from tinydet.detection.anchors import anchors, level_sizes
+from tinydet.detectors import open_detector
 from tinydet.errors import UserError
-from tinydet.models.preprocess import normalize
-from tinydet.config import show_input
-from tinydet.runtime.graphs import jit, lock
+from tinydet.runtime.device import require_device
 from tinydet.runtime.devices import devices, replicate, to_devices
+from tinydet.runtime.graphs import jit, lock
 from tinydet.runtime.precision import DTYPES
-from tinydet.weights.weights import open_detector
 
 LONGEST_QUEUE = 3   # batches of pictures that may wait for one before them
+TILES_NMS = 0.5     # IoU above which boxes of neighbouring tiles are taken for one, unless a threshold is given
 READERS = 2   # threads that read and resize pictures while the network computes; Pillow does both without holding Python's lock
 Item = TypeVar("Item")
 
@@ -38,7 +34,7 @@ class Found(NamedTuple):
 
 
 def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] | None = None, score_threshold: float = 0.3,
-           nms_threshold: float = 0.5, max_detections: int = 300, tile: int | tuple[int, int] | None = None, overlap: float = 0.2,
+           nms_threshold: float | None = None, max_detections: int = 300, tile: int | tuple[int, int] | None = None, overlap: float = 0.2,
            **network: Any) -> list[Found]:
   """Find objects on pictures: `for box, score, name in zip(found.boxes, found.scores, found.names)` for each `found` of the list returned.
 
@@ -47,31 +43,31 @@ def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] 
       where their EXIF data says how, and the boxes belong to the upright picture.
     weights: what `--weights` takes: coco, mlperf, shapes, a file, or the folder of a run. The network is built at the first call and kept.
     classes: find only these, by name.
-    score_threshold, nms_threshold, max_detections: as in `tinydet.detection.postprocess.detect`.
-    tile, overlap: for small objects on large pictures, look at overlapping tiles of so many pixels too (see `Detector.stream`).
-    network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype` (see `Detector`); other values build another network.
+    score_threshold, nms_threshold, max_detections: as in `postprocess.select`; the second is by default the detector's own.
+    tile, overlap: for small objects on large pictures, look at overlapping tiles of so many pixels too (see `Predictor.stream`).
+    network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype` (see `Predictor`); other values build another network.
   Raises UserError for a picture or weights that cannot be read, and for a class that the weights do not know.
   """
   one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
-  found = detector(weights, **network).stream(
+  found = predictor(weights, **network).stream(
     [images] if one else images, read_picture, classes=classes, score_threshold=score_threshold, nms_threshold=nms_threshold,
     max_detections=max_detections, tile=(tile, tile) if isinstance(tile, int) else tile, overlap=overlap)
   return [result for _, _, result in found]
 
 
-def detector(weights: str | Path, **network: Any) -> "Detector":
-  """The `Detector` of these weights; asked again, the same one, ready to run, unless the file has changed since."""
+def predictor(weights: str | Path, **network: Any) -> "Predictor":
+  """The `Predictor` of these weights; asked again, the same one, ready to run, unless the file has changed since."""
   path = Path(weights)
   files = [path, *path.glob("*.safetensors")] if path.is_dir() else [path] * path.is_file()
-  network = Detector.__init__.__kwdefaults__ | network
+  network = Predictor.__init__.__kwdefaults__ | network
   hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
   with lock:   # threads that ask for the same one share it
-    return _detector(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
+    return _predictor(str(weights), tuple(sorted((str(f), f.stat().st_mtime_ns) for f in files)), **hashable)
 
 
 @functools.lru_cache(maxsize=2)
-def _detector(weights: str, state: tuple, **network: Any) -> "Detector":
-  return Detector(weights, **network)
+def _predictor(weights: str, state: tuple, **network: Any) -> "Predictor":
+  return Predictor(weights, **network)
 
 
 def read_picture(image: Any) -> np.ndarray:
@@ -87,49 +83,57 @@ def read_picture(image: Any) -> np.ndarray:
     raise UserError(f"{image}: cannot be read as a picture ({type(e).__name__}: {e})") from e
 
 
-class Detector:
-  """A detector ready to use, and what is known of it: its model, class_names and category_ids in label order, `input`, the size of what the network
-  sees in words, notes for the user, and `about` (see `open_detector`).
+class Predictor:
+  """A detector ready to use, and what is known of it: `detector` itself, class_names and category_ids in label order, `fit`, how pictures come to it,
+  notes for the user, and `about` (see `detectors.open_detector`).
 
   Args:
-    weights: what `--weights` takes (see `tinydet.weights.weights.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
+    weights: what `--weights` takes (see `detectors.open_detector`); variant is which of torchvision's networks "coco" is, v1 or v2.
     size, max_size: (width, height) or one side in pixels, and the longer side at most, as in training; by default what the weights were trained at.
     class_names: the classes of a data set, to which the detector's own are matched by name.
     batch_size: pictures that go through the network together, divided among `gpus` devices; dtype is what it computes in.
+    fold: make the network faster (see `Detector.fold`), unless its tensors are asked for by name.
   Raises UserError.
   """
   def __init__(self, weights: str, *, variant: str = "v1", size: int | tuple[int, int] | None = None, max_size: int | None = None,
-               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32"):
+               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32", fold: bool = True):
     require_device()
-    self.devices, self.batch_size = devices(gpus), batch_size
+    self.devices, self.batch_size, self.dtype = devices(gpus), batch_size, DTYPES[dtype]
     if batch_size % gpus: raise UserError(f"--bs {batch_size}: is not a multiple of --gpus {gpus}")
-    backbone = "resnext50_32x4d" if weights == "mlperf" else "resnet50"   # the published detectors
-    architecture = f"retinanet_{backbone}_fpn" + "_v2" * (variant == "v2")
-    model, self.about, self.notes = open_detector(weights, architecture, None if class_names is None else list(class_names))
-    self.model, num_classes, trained_at = model, self.about["num_classes"], self.about.get("size")
-    self.class_names = self.about.get("class_names") or [f"class {label}" for label in range(num_classes)]
-    self.category_ids = self.about.get("category_ids") or list(range(1, num_classes + 1))
+    self.detector, self.about, self.notes = open_detector(weights, variant, None if class_names is None else list(class_names))
+    if fold: self.detector.fold()
+    self.class_names = self.about.get("class_names") or [f"class {label}" for label in range(self.detector.num_classes)]
+    self.category_ids = self.about.get("category_ids") or list(range(1, self.detector.num_classes + 1))
+    trained_at = self.about.get("size")
     if size is None and trained_at is None: raise UserError(f"{self.about['weights']}: does not say what size it was trained at; give --size")
     size = tuple(trained_at) if size is None else (size, size) if isinstance(size, int) else size
-    max_size = self.about.get("max_size", 0) if max_size is None else max_size
-    resized, canvases = for_network(size, max_size), upright_and_flat(size, max_size)
-    self.input = show_input(size, max_size)
-    self._anchors = {canvas: Tensor(anchors(*canvas)) for canvas in canvases}
+    self.fit = self.detector.fit(size, self.about.get("max_size", 0) if max_size is None else max_size)
     self._compiled: set[tuple[int, int]] = set()
-    replicate([*get_state_dict(model).values(), *self._anchors.values()], self.devices)
+    replicate([*get_state_dict(self.detector.network).values()], self.devices)
+    self._forward = jit(lambda images: self.detector.infer(images, self.dtype))
 
-    @jit
-    def forward(images: Tensor) -> tuple[Tensor, ...]:
-      with Context(TRAINING=0): return tuple(t.float().contiguous() for t in model(normalize(images, DTYPES[dtype])))
-    self._forward = forward
+  def place(self, canvases: Iterable[tuple[int, int]]) -> None:
+    """Make what reading outputs of these canvases (height, width) takes, on all devices."""
+    for canvas in canvases: replicate(self.detector.constants(canvas), self.devices)
 
-    def fit(sample: Sample, rng: np.random.Generator) -> Sample:
-      sample = resized(sample, rng)
-      return pad_to(*next(canvas for canvas in canvases if all(np.less_equal(sample.content_size, canvas))))(sample, rng)
-    self._fit = fit
+  def find(self, images: np.ndarray, sizes: np.ndarray, origins: np.ndarray, seconds: Counter | None = None, hidden: Tensor | None = None,
+           **options: Any) -> postprocess.Detections:
+    """What is found on a batch u8 [batch_size,H,W,3] of canvases, in their pixels; `sizes` and `origins` int [batch_size,2] tell where the pictures
+    are. `hidden` and `options` are those of `Detector.detect`; `seconds` collects time as for `stream`."""
+    canvas, seconds = images.shape[1:3], Counter() if seconds is None else seconds
+    with lock:   # the device's memory is this thread's, until what was found is copied off
+      kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
+      if canvas not in self._compiled: self.place([canvas])
+      self._compiled.add(canvas)
+      outputs = self._forward(to_devices(images, self.devices))
+      for name in self.devices: Device[name].synchronize()
+      seconds[kind] += (done := time.monotonic()) - begun
+      found = self.detector.detect(outputs, canvas, sizes, origins, hidden, **options)
+      seconds["post-processing"] += time.monotonic() - done
+    return found
 
   def stream(self, items: Iterable[Item], load: Callable[[Item], np.ndarray | None], *, classes: Sequence[str] | None = None,
-             score_threshold: float = 0.05, nms_threshold: float = 0.5, max_detections: int = 300, tile: tuple[int, int] | None = None,
+             score_threshold: float = 0.05, nms_threshold: float | None = None, max_detections: int = 300, tile: tuple[int, int] | None = None,
              overlap: float = 0.2, seconds: Counter | None = None) -> Iterator[tuple[Item, np.ndarray | None, Found]]:
     """Yield `(item, picture, found)` for each of `items` in their order, as soon as it is known.
 
@@ -140,9 +144,10 @@ class Detector:
     seconds = Counter() if seconds is None else seconds
     hidden = None if classes is None else np.full(len(self.class_names), -np.inf, np.float32)   # added to the logits
     if hidden is not None: hidden[self.labels_of(classes)] = 0
+    hidden = None if hidden is None else Tensor(hidden)
     options = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "max_detections": max_detections}
     waiting: deque[_Picture] = deque()
-    views: dict[tuple[int, int], list[tuple[_Picture, int]]] = {canvas: [] for canvas in self._anchors}
+    views: dict[tuple[int, int], list[tuple[_Picture, int]]] = {canvas: [] for canvas in self.fit.canvases()}
 
     def run(canvas: tuple[int, int]) -> None:
       """Put up to a batch of the views of a canvas through the network and hand the results to their pictures."""
@@ -150,46 +155,35 @@ class Detector:
       samples = [picture.samples[v] for picture, v in batch]
       images = np.zeros((self.batch_size, *canvas, 3), np.uint8)
       sizes = np.full((self.batch_size, 2), canvas, np.int32)
-      originals = sizes.copy()
-      for row, sample in enumerate(samples): images[row], sizes[row], originals[row] = sample.image, sample.content_size, sample.original_size
-      with lock:   # from here the device's memory is this thread's, until what was found is copied off
-        kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
-        self._compiled.add(canvas)
-        cls_logits, bbox_regression = self._forward(to_devices(images, self.devices))
-        for name in self.devices: Device[name].synchronize()
-        seconds[kind] += (done := time.monotonic()) - begun
-        if hidden is not None: cls_logits = cls_logits + Tensor(hidden).to(cls_logits.device)
-        found = postprocess.detect(cls_logits, bbox_regression, self._anchors[canvas], level_sizes(*canvas), sizes, **options)
-      found = postprocess.to_original(found, np.maximum(sizes, 1), originals)
+      originals, origins = sizes.copy(), np.zeros_like(sizes)
+      for row, sample in enumerate(samples):
+        images[row], sizes[row], originals[row], origins[row] = sample.image, sample.content_size, sample.original_size, sample.origin
+      found = self.find(images, sizes, origins, seconds, hidden, **options)
+      found = postprocess.to_original(found, np.maximum(sizes, 1), originals, origins)
       for row, (picture, v) in enumerate(batch):
         n = found.counts[row]
         picture.found[v], picture.samples[v] = (found.boxes[row, :n], found.scores[row, :n], found.labels[row, :n]), None
-      seconds["post-processing"] += time.monotonic() - done
 
     def ready() -> Iterator[tuple[Item, np.ndarray | None, Found]]:
       while waiting and None not in waiting[0].found:
         picture, begun = waiting.popleft(), time.monotonic()
-        found = picture.join(nms_threshold, max_detections)
+        found = picture.join(TILES_NMS if nms_threshold is None else nms_threshold, max_detections)
         seconds["post-processing"] += time.monotonic() - begun
         yield picture.item, picture.image, Found(*found, [self.class_names[label] for label in found[2]])
 
     with ThreadPoolExecutor(READERS) as pool:
-      for picture in _ahead(pool, lambda item: _Picture(item, load, self._fit, tile, overlap), items, self.batch_size + READERS):
+      for picture in _ahead(pool, lambda item: _Picture(item, load, self.fit, tile, overlap), items, self.batch_size + READERS):
         seconds["reading"] += picture.seconds
         waiting.append(picture)
         for v, sample in enumerate(picture.samples): views[sample.image.shape[:2]].append((picture, v))
         # Results come in order, so a picture of a rare canvas does not wait for long until its batch is full.
         late = len(waiting) > LONGEST_QUEUE * self.batch_size
-        for canvas in self._anchors:
+        for canvas in self.fit.canvases():
           while len(views[canvas]) >= (1 if late else self.batch_size): run(canvas)
         yield from ready()
-      for canvas in self._anchors:
+      for canvas in self.fit.canvases():
         while views[canvas]: run(canvas)
       yield from ready()
-
-  def prepare(self, image: np.ndarray) -> Sample:
-    """The picture u8 [H,W,3] RGB as the network's input, u8 [height,width,3]."""
-    return _Picture._sample(image, self._fit)
 
   def labels_of(self, classes: Sequence[str]) -> list[int]:
     """The labels of classes by name; UserError where one is unknown."""
@@ -201,18 +195,13 @@ class Detector:
 
 class _Picture:
   """A picture on its way: its windows, each prepared for the network, and what was found in them."""
-  def __init__(self, item: Any, load: Callable, fit: Callable, tile: tuple[int, int] | None, overlap: float):
+  def __init__(self, item: Any, load: Callable, fit: Fit, tile: tuple[int, int] | None, overlap: float):
     begun = time.monotonic()
     self.item, self.image = item, load(item)
     self.windows = np.zeros((0, 4), np.int32) if self.image is None else tiles.windows(*self.image.shape[:2], tile, overlap)
-    self.samples = [self._sample(self.image[y1:y2, x1:x2], fit) for x1, y1, x2, y2 in self.windows]
+    self.samples = [fit.place(self.image[y1:y2, x1:x2]) for x1, y1, x2, y2 in self.windows]
     self.found: list[tuple[np.ndarray, ...] | None] = [None] * len(self.windows)
     self.seconds = time.monotonic() - begun
-
-  @staticmethod
-  def _sample(image: np.ndarray, fit: Callable) -> Sample:
-    no_boxes = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-    return fit(Sample(np.ascontiguousarray(image), *no_boxes, 0, image.shape[:2], image.shape[:2]), np.random.default_rng(0))
 
   def join(self, nms_threshold: float, max_detections: int) -> tuple[np.ndarray, ...]:
     """Boxes, scores and labels in the whole picture."""

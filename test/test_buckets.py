@@ -6,13 +6,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from tinygrad import GlobalCounters, Tensor
 from tinydet.datasets import open_dataset
-from tinydet.datasets.buckets import Buckets, choose_buckets, one_bucket, upright_and_flat
+from tinydet.datasets.buckets import Buckets, choose_buckets, one_bucket
+from tinydet.datasets.fit import Fit
 from tinydet.datasets.loader import Loader
 from tinydet.datasets.sample import Sample
 from tinydet.datasets.shapes import Shapes
 from tinydet.datasets.subset import Subset
-from tinydet.datasets.transforms import compose, for_network, horizontal_flip, one_canvas, pad_to, photometric_jitter, resize_shorter
-from tinydet.predict import detector
+from tinydet.datasets.transforms import compose, horizontal_flip, pad_to, photometric_jitter, resize_shorter
+from tinydet.predict import predictor
 from tinydet.runtime.graphs import jit
 from tinydet.training.loop import make_step
 from tinydet.training.optim import Optimizer, schedule
@@ -38,7 +39,7 @@ def up(side): return math.ceil(side / 32) * 32
 @settings(deadline=None, max_examples=60)
 @given(SIZES, st.integers(1, 4), st.integers(1, 4), st.sampled_from([(100, 200), (64, 96), (150, 150), (200, 120)]))
 def test_no_division_into_ranges_of_aspect_ratios_pads_less(sizes, count, batch, bounds):
-  buckets = choose_buckets(sizes, bounds[:1] * 2, bounds[1], count, batch)
+  buckets = choose_buckets(sizes, *bounds, count, batch)
   contents = resized(sizes, *bounds)
   flattest_first = sorted(contents, key=lambda s: (up(s[0]), -up(s[1])))
   n, best = len(sizes), math.inf
@@ -61,19 +62,19 @@ def test_no_division_into_ranges_of_aspect_ratios_pads_less(sizes, count, batch,
 def test_canvases_of_a_set_that_is_easy_to_divide():
   """At 800 to 1333: 480x640 becomes 1066x800, 427x640 1199x800, portraits likewise, and 640x320 1333x666."""
   sizes = [(480, 640)] * 60 + [(427, 640)] * 20 + [(640, 480)] * 30 + [(320, 640)] * 4
-  assert choose_buckets(sizes, (800, 800), 1333, 3, 8).canvases == ((800, 1088), (1088, 800), (800, 1344))
-  four = choose_buckets(sizes, (800, 800), 1333, 4, 4)
+  assert choose_buckets(sizes, 800, 1333, 3, 8).canvases == ((800, 1088), (1088, 800), (800, 1344))
+  four = choose_buckets(sizes, 800, 1333, 4, 4)
   assert four.canvases == ((800, 1088), (1088, 800), (672, 1344), (800, 1216)) and np.bincount(four.of).tolist() == [60, 30, 4, 20]
-  assert str(choose_buckets(sizes[:1], (800, 800), 1333, 4, 8)) == \
+  assert str(choose_buckets(sizes[:1], 800, 1333, 4, 8)) == \
     f"1 canvas: 1088x800; {1 - 1066 / 1088:.1%} of the pixels are padding; one square canvas would be {1 - 1066 * 800 / 1344 ** 2:.1%}"
-  few = choose_buckets([(480, 640)] * 100 + [(640, 480)] * 3, (800, 800), 1333, 5, 8)
+  few = choose_buckets([(480, 640)] * 100 + [(640, 480)] * 3, 800, 1333, 5, 8)
   assert few.canvases == ((800, 1088), (1088, 1088)) and np.bincount(few.of).tolist() == [95, 8], "three portraits take five others along, not all"
 
 
 def test_without_a_largest_side_there_is_one_canvas():
-  buckets = choose_buckets([(50, 80), (80, 50)], (64, 32), 0, 5, 1)
-  assert buckets.canvases == ((32, 64),) == (one_canvas((64, 32), 0),) == upright_and_flat((64, 32), 0) and buckets.of.tolist() == [0, 0]
-  assert upright_and_flat((800, 800), 1333) == ((800, 1344), (1344, 800)) and one_canvas((800, 800), 1333) == (1344, 1344)
+  buckets = Fit((64, 32)).buckets([(50, 80), (80, 50)], 5, 1)
+  assert buckets.canvases == ((32, 64),) == (Fit((64, 32)).canvas(),) == Fit((64, 32)).canvases() and buckets.of.tolist() == [0, 0]
+  assert Fit((800, 800), 1333).canvases() == ((800, 1344), (1344, 800)) and Fit((800, 800), 1333).canvas() == (1344, 1344)
 
 
 def test_data_sets_know_their_sizes_without_decoding(tmp_path):
@@ -154,8 +155,8 @@ def write_coco(folder: Path, count: int, shapes=((64, 96), (96, 64), (60, 80), (
 
 def test_a_loader_pads_each_batch_to_its_canvas_whatever_loads_it(tmp_path):
   dataset = open_dataset(write_coco(tmp_path / "d", 40, shapes=((64, 96), (96, 64), (60, 80), (60, 60))), "train")
-  fit = compose(for_network((64, 64), 96), photometric_jitter(), horizontal_flip())
-  buckets = choose_buckets(dataset.sizes, (64, 64), 96, 3, 4)
+  fit = compose(resize_shorter(64, 96), photometric_jitter(), horizontal_flip())
+  buckets = choose_buckets(dataset.sizes, 64, 96, 3, 4)
   assert len(buckets.canvases) == 3
   options = {"seed": 4, "shuffle": True, "drop_last": True, "buckets": buckets}
   plain = Loader(dataset, 4, fit, **options)
@@ -176,7 +177,7 @@ def test_a_loader_pads_each_batch_to_its_canvas_whatever_loads_it(tmp_path):
   assert all(same(a, b) for a, b in zip(loader.epoch(1, start=5), expected[1][5:], strict=True))
   loader.close()
 
-  whole = Loader(dataset, 7, for_network((64, 64), 96), buckets=choose_buckets(dataset.sizes, (64, 64), 96, 3, 7))
+  whole = Loader(dataset, 7, resize_shorter(64, 96), buckets=choose_buckets(dataset.sizes, 64, 96, 3, 7))
   found = list(whole.epoch(0))
   assert sorted(i for b in found for i in b.image_ids.tolist() if i >= 0) == list(range(1, 41)) and len(found) == len(whole)
   for batch in found:
@@ -275,7 +276,7 @@ def test_programs_train_score_and_detect_on_two_canvases(tmp_path):
   assert len({d["image_id"] for d in detections}) == 12, "pictures of both canvases have detections"
   by_picture = {i: [d for d in detections if d["image_id"] == i] for i in range(1, 13)}
   def load(i): return np.asarray(Image.open(folder / "val" / f"{i:03}.png"))
-  for i, (item, _, result) in enumerate(detector(run, batch_size=3).stream(range(12), load, score_threshold=0.005)):
+  for i, (item, _, result) in enumerate(predictor(run, batch_size=3).stream(range(12), load, score_threshold=0.005)):
     assert item == i, "in order, though each batch has one canvas"
     expected = by_picture[i + 1]
     assert len(expected) == len(result.scores)
@@ -288,5 +289,5 @@ def test_programs_train_score_and_detect_on_two_canvases(tmp_path):
     for i in (1, *[0] * 40):
       taken.append(i)
       yield i
-  next(detector(run, batch_size=3).stream(upright_first(), load))
+  next(predictor(run, batch_size=3).stream(upright_first(), load))
   assert len(taken) < 20, "a picture of a rare canvas does not wait for a whole batch of its like"

@@ -52,7 +52,7 @@ def server(archives, monkeypatch, tmp_path):
   monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
   monkeypatch.setenv("no_proxy", "*")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
-  for name in ("TINYDET_MIRROR", "DATA_DIR"): monkeypatch.delenv(name, raising=False)
+  for name in ("TINYDET_MIRROR", "TINYDET_DATA_DIR"): monkeypatch.delenv(name, raising=False)
   yield s
   s.close()
 
@@ -233,7 +233,7 @@ def test_names_become_folders(server, tmp_path, monkeypatch):
   assert files(tmp_path/"cache"/"tinydet"/"data"/"coco") == finished(("val",))
   os.mkdir("coco")
   assert local_folder("coco") == "coco"   # a folder of that name is meant
-  monkeypatch.setenv("DATA_DIR", str(tmp_path/"mine"))
+  monkeypatch.setenv("TINYDET_DATA_DIR", str(tmp_path/"mine"))
   main(["coco"])
   assert files(tmp_path/"mine"/"coco") == finished()
 
@@ -245,7 +245,7 @@ def test_the_check_takes_names_and_downloads_nothing(server, tmp_path, monkeypat
     place = str(tmp_path/folder) if argv == ["coco"] else folder
     assert str(error.value) == f"{argv[0]}: {place} is not there; python -m tinydet.datasets.download {shlex.join([argv[0], place])} downloads it"
   assert not server.requests and not list(tmp_path.iterdir())
-  monkeypatch.setenv("DATA_DIR", "sets")
+  monkeypatch.setenv("TINYDET_DATA_DIR", "sets")
   main(["coco"])
   requests = len(server.requests)
   check.main(["coco"])
@@ -259,7 +259,7 @@ def test_the_check_takes_names_and_downloads_nothing(server, tmp_path, monkeypat
 @pytest.mark.parametrize("program, name", [("train_retinanet", "coco"), ("train_retinanet", "openimages-mlperf"), ("evaluate", "coco"),
                                            ("detect", "coco"), ("explain", "coco")])
 def test_programs_download_what_they_are_asked_to_use(tmp_path, program, name):
-  settings = {"PYTHONPATH": str(ROOT), "TINYDET_MIRROR": str(tmp_path), "DATA_DIR": str(tmp_path/"sets")}
+  settings = {"PYTHONPATH": str(ROOT), "TINYDET_MIRROR": str(tmp_path), "TINYDET_DATA_DIR": str(tmp_path/"sets")}
   command = [sys.executable, ROOT/"examples"/f"{program}.py", "--data", name]
   process = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True,
                            env=os.environ | settings)

@@ -158,3 +158,16 @@ def test_padding_is_skipped_and_wrong_images_are_refused():
     with pytest.raises(ValueError, match=str(image_id)): metric.add(one, np.array([image_id]))
   with pytest.raises(ValueError, match="55"): CocoMetric(truth, CATEGORY_IDS, [55])
   assert len(metric.results()) == 1
+
+
+@pytest.mark.parametrize(("overlap", "right"), [(0.9, True), (0.55, True), (0.3, False), (0.018, False)])
+def test_a_difficult_box_excuses_only_what_matches_it(overlap, right):
+  """Pascal VOC's rule (VOCevaldet): at IoU 0.5 it is neither right nor wrong, below it is a false positive; a crowd would excuse all inside."""
+  side = 100.0
+  truth = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "x"}], "annotations": [
+    {"id": 1, "image_id": 1, "category_id": 1, "bbox": [200, 200, 50, 50], "area": 2500, "iscrowd": 0},
+    {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, side, side], "area": side ** 2, "iscrowd": 0, "difficult": 1}]}
+  metric = CocoMetric(truth, [1])
+  inside = [0, 0, side, side * overlap]
+  metric.found[1] = (np.array([inside, inside, [200, 200, 50, 50]], np.float64), np.array([0.9, 0.8, 0.7]), np.array([1, 1, 1]))
+  assert metric.compute().metrics["mAP50"] == pytest.approx(1.0 if right else 1 / 3, abs=1e-6)

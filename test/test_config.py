@@ -28,10 +28,10 @@ def run(*argv, preset="tiny", **environ): return parse(Config, PRESETS, argv, en
 
 
 def test_flag_beats_environment_beats_preset_beats_default():
-  config = run("--bs", "9", BS="7", TRAINABLE_LAYERS="5")
+  config = run("--bs", "9", BS="7", TINYDET_TRAINABLE_LAYERS="5")
   assert (config.bs, config.trainable_layers, config.ema, config.lr) == (9, 5, True, 0.01)
-  assert [config.sources[n] for n in ("bs", "trainable_layers", "ema", "lr")] == ["--bs", "TRAINABLE_LAYERS", "preset tiny", "default"]
-  assert describe(config) == "bs=9 (--bs) trainable_layers=5 (TRAINABLE_LAYERS) ema=1 (preset tiny) size=64x48 (preset tiny)"
+  assert [config.sources[n] for n in ("bs", "trainable_layers", "ema", "lr")] == ["--bs", "TINYDET_TRAINABLE_LAYERS", "preset tiny", "default"]
+  assert describe(config) == "bs=9 (--bs) trainable_layers=5 (TINYDET_TRAINABLE_LAYERS) ema=1 (preset tiny) size=64x48 (preset tiny)"
   assert run(BS="7").bs == 7 and run().bs == 4 and run(preset=None).bs == 16
 
 
@@ -46,15 +46,16 @@ def test_any_finite_float_survives_its_text(x): assert run("--lr", repr(x)).lr =
 
 
 def test_preset_from_flag_and_environment():
-  assert run(PRESET="full").bs == 32
-  assert run("--preset=tiny", PRESET="full").preset == "tiny"
+  assert run(TINYDET_PRESET="full").bs == 32
+  assert run("--preset=tiny", TINYDET_PRESET="full").preset == "tiny"
   with pytest.raises(UserError, match=r"--preset huge: no such preset; choose from tiny, full"): run("--preset", "huge")
-  with pytest.raises(UserError, match=r"PRESET=huge: "): run(PRESET="huge")
+  with pytest.raises(UserError, match=r"TINYDET_PRESET=huge: "): run(TINYDET_PRESET="huge")
 
 
 @pytest.mark.parametrize("argv, environ, expected", [
-  (["--ema"], {}, True), (["--no-ema"], {}, False), (["--ema=0"], {}, False), ([], {"EMA": "1"}, True), ([], {"EMA": "0"}, False),
-  (["--no-ema"], {"EMA": "1"}, False), (["--ema", "--no-ema"], {}, False), ([], {"EMA": "off"}, False), ([], {"EMA": ""}, True)])
+  (["--ema"], {}, True), (["--no-ema"], {}, False), (["--ema=0"], {}, False), ([], {"TINYDET_EMA": "1"}, True), ([], {"TINYDET_EMA": "0"}, False),
+  (["--no-ema"], {"TINYDET_EMA": "1"}, False), (["--ema", "--no-ema"], {}, False), ([], {"TINYDET_EMA": "off"}, False),
+  ([], {"TINYDET_EMA": ""}, True)])
 def test_switches(argv, environ, expected): assert run(*argv, **environ).ema is expected
 
 
@@ -76,7 +77,7 @@ def test_a_variable_of_another_name():
 
 
 def test_empty_variables_are_unset_and_strangers_are_ignored():
-  config = run(BS="", BEAM="2", DEBUG="x", bs="9", PRESET="")
+  config = run(BS="", BEAM="2", DEBUG="x", bs="9", TINYDET_PRESET="")
   assert config.bs == 4 and config.sources["bs"] == "preset tiny"
 
 
@@ -92,9 +93,9 @@ def test_empty_variables_are_unset_and_strangers_are_ignored():
   (["--lr", "inf"], {}, ["--lr inf", "a finite number"]),
   (["--lr", "1e999"], {}, ["--lr 1e999", "a finite number"]),
   (["--dtype", "int8"], {}, ["--dtype int8", "one of float32, float16"]),
-  ([], {"DEPTH": "19"}, ["DEPTH=19", "one of 18, 50"]),
+  ([], {"TINYDET_DEPTH": "19"}, ["TINYDET_DEPTH=19", "one of 18, 50"]),
   (["--size", "0x9"], {}, ["--size 0x9", "192x144"]),
-  ([], {"EMA": "maybe"}, ["EMA=maybe", "1 or 0"]),
+  ([], {"TINYDET_EMA": "maybe"}, ["TINYDET_EMA=maybe", "1 or 0"]),
   (["--target", "2"], {}, ["--target 2", "at most 1"]),
   (["--bs"], {}, ["--bs: needs a value"]),
   (["--bs", "--ema"], {}, ["--bs: needs a value"]),
@@ -121,11 +122,11 @@ def test_help_shows_every_field(capsys):
   for field in dataclasses.fields(Config): assert f"--{field.name.replace('_', '-')}" in text and f"({variable(field)})" in text
   assert "--lr X (LR) learning rate" in text and "--group TEXT (WANDB_RUN_GROUP) runs it belongs to" in text
   assert "[default 16; tiny 4; full 32]" in text and "[default 128; tiny 64x48]" in text and "one of float32, float16" in text
-  assert "--preset NAME (PRESET) tiny, full; default tiny" in text
+  assert "--preset NAME (TINYDET_PRESET) tiny, full; default tiny" in text
 
 
 def test_as_dict_is_strict_json():
-  config = run("--size", "5x6", PRESET="full")
+  config = run("--size", "5x6", TINYDET_PRESET="full")
   expected = {"preset": "full", "bs": 32, "lr": 0.01, "trainable_layers": 3, "ema": False, "data": "shapes:2", "size": [5, 6], "dtype": "float32",
               "depth": 18, "target": 0.35, "group": None}
   assert json.loads(json.dumps(as_dict(config), allow_nan=False)) == expected

@@ -132,3 +132,21 @@ def test_processors_with_shorter_vectors(without, monkeypatch):
     y = conv2d(*tensors, stride, padding, groups)
     with Context(PARALLEL=0): Tensor.realize(*(found := [y, *(y * Tensor(r)).sum().gradient(*tensors)]))   # in this process
     for a, expected in zip(found, [out, *back(r)]): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "stride", "groups"), [((2, 6, 9, 13), 1, 1), ((1, 8, 12, 40), 2, 8), ((1, 3, 20, 5), 1, 3)])
+def test_silu_inside_the_convolution(shape, stride, groups):
+  """The same numbers and gradients as SiLU behind it, on the kernels in C and without; from where exp overflows to where it vanishes."""
+  rng = np.random.default_rng(3)
+  x = (rng.standard_normal(shape) * 40).astype(np.float32)
+  weight = rng.standard_normal((shape[1], shape[1] // groups, 3, 3)).astype(np.float32)
+  bias, upstream = rng.standard_normal(shape[1]).astype(np.float32), None
+  results = []
+  for inside in (True, False):
+    tensors = [Tensor(a) for a in (x, weight, bias)]
+    out = conv2d(*tensors, stride, 1, groups, silu=inside)
+    if not inside: out = out * out.sigmoid()
+    upstream = rng.standard_normal(out.shape).astype(np.float32) if upstream is None else upstream
+    results.append([t.numpy() for t in (out, *(out * Tensor(upstream)).sum().gradient(*tensors))])
+  for a, b in zip(*results): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max())
+  assert results[0][0].min() > -0.2785

@@ -1,7 +1,7 @@
 import contextlib, io, json
 from pathlib import Path
 import numpy as np, pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from tinydet.datasets import open_dataset
 from tinydet.datasets.coco import Coco
@@ -20,13 +20,13 @@ def pycocotools_index(ground_truth: dict) -> COCO:
 
 
 def assert_ground_truth_agrees(dataset) -> None:
-  """What pycocotools reads from `ground_truth` is what the samples say, crowds aside."""
+  """What pycocotools reads from `ground_truth` is what the samples say, crowds and difficult objects aside."""
   index = pycocotools_index(json.loads(json.dumps(dataset.ground_truth())))
   assert [c["name"] for c in index.loadCats(sorted(index.getCatIds()))] == dataset.class_names
   assert len(index.getImgIds()) == len(dataset)
   for i in range(len(dataset)):
     sample = dataset[i]
-    found = index.loadAnns(index.getAnnIds(imgIds=sample.image_id, iscrowd=False))
+    found = [a for a in index.loadAnns(index.getAnnIds(imgIds=sample.image_id, iscrowd=False)) if not a.get("difficult")]
     boxes = np.array([a["bbox"] for a in found]).reshape(-1, 4)
     np.testing.assert_allclose(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), sample.boxes, atol=1e-4)
     assert [a["category_id"] for a in found] == [dataset.category_ids[k] for k in sample.labels]
@@ -223,6 +223,30 @@ def test_exif_orientation_applies_only_when_the_declared_size_says_so(tmp_path, 
   np.testing.assert_array_equal(image, stored if declared == (30, 20) else np.rot90(stored, -1))
 
 
+@pytest.mark.parametrize("proof", [None, "turned", "stored"])
+@pytest.mark.parametrize(("turn", "size"), [(3, (30, 20)), (2, (30, 20)), (4, (30, 20)), (6, (24, 24)), (8, (24, 24)), (5, (24, 24))])
+def test_one_rule_for_all_orientations_of_a_data_set(tmp_path, proof, turn, size):
+  """What half a turn, a mirror image or a square cannot tell, the other pictures prove; where none does, they are shown as `detect` shows them."""
+  rng, exif = np.random.default_rng(0), Image.Exif()
+  def save(name, size, turn):
+    exif[0x0112] = turn
+    stored = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(stored).save(tmp_path / name, exif=exif)
+    return stored
+  stored, images = save("a.png", size, turn), [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}]
+  if proof:
+    save("b.png", (30, 20), 6)
+    width, height = (20, 30) if proof == "turned" else (30, 20)
+    images.append({"id": 2, "file_name": "b.png", "width": width, "height": height})
+  (tmp_path / "a.json").write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "x"}], "annotations": []}))
+  dataset = Coco(tmp_path / "a.json", tmp_path)
+  assert dataset.upright == {None: None, "turned": True, "stored": False}[proof]
+  with Image.open(tmp_path / "a.png") as picture: upright = np.asarray(ImageOps.exif_transpose(picture))
+  np.testing.assert_array_equal(dataset[0].image, stored if proof == "stored" else upright)
+  assert any("they may lie elsewhere" in line for line in dataset.warnings) == (proof is None)
+  assert dataset.resized(0, (10, 12)).image.shape == (10, 12, 3)
+
+
 def test_pictures_of_other_modes_become_rgb(tmp_path):
   rng = np.random.default_rng(0)
   grey, rgb, alpha = (rng.integers(0, 256, (20, 30, *c), dtype=np.uint8) for c in ((), (3,), (1,)))
@@ -322,7 +346,7 @@ def test_voc_boxes_classes_and_oddities(tmp_path):
   np.testing.assert_array_equal(val[0].boxes, [[29, 19, 40, 30]])
   assert train.warnings[0].endswith("boxes without area inside their image, dropped (1): one.xml")
   assert val.warnings[0].endswith("boxes more than 1 pixel over the border of their image, clipped (1): three.xml")
-  crowd = [a for a in train.ground_truth()["annotations"] if a["iscrowd"]]
+  crowd = [a for a in train.ground_truth()["annotations"] if a["difficult"]]
   assert [(a["bbox"], a["category_id"]) for a in crowd] == [([1, 1, 8, 8], 2)]
   assert_ground_truth_agrees(train)
   assert_ground_truth_agrees(val)

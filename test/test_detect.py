@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinydet.datasets.files import walk
 from tinydet.datasets.shapes import Shapes
 from tinydet.detection import tiles
-from tinydet.predict import detect, detector
+from tinydet.predict import detect, predictor
 from tinydet.errors import UserError
 from tinydet.config import parse
 from tinydet.reporting.pictures import _fitting, class_color, draw_boxes
@@ -141,10 +141,10 @@ def test_sizes_mix_and_a_photo_counts_as_it_is_held(tmp_path):
 
 def test_a_detector_is_kept_until_its_file_changes(tmp_path):
   shutil.copy(SHIPPED["shapes"], path := tmp_path / "mine.safetensors")
-  first = detector(path)
-  assert detector(str(path), batch_size=1) is first
+  first = predictor(path)
+  assert predictor(str(path), batch_size=1) is first
   os.utime(path, ns=(0, 0))
-  assert detector(path) is not first
+  assert predictor(path) is not first
 
 
 # ---- sources
@@ -327,6 +327,24 @@ def test_a_long_name_leaves_room_for_the_score():
   assert _fitting("cat", " 0.50", font, 100) == "cat 0.50"
   short = _fitting("Kitchen & dining room table", " 0.50", font, 100)
   assert short.startswith("Kit") and short.endswith("… 0.50") and 80 < font.getlength(short) <= 100
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_objects_nearly_as_large_as_a_tile_that_overlap_each_other(seed):
+  """Parts of two neighbours look like parts of one; the whole picture tells them apart."""
+  rng, height, width = np.random.default_rng(seed), 1400, 1700
+  rows = [[(150 * column + rng.uniform(0, 9), 20 + 310 * row, 0, 0) for column in range(9)] for row in range(4)]
+  objects = np.array([(x, y, x + 250, y + 250 * rng.uniform(0.9, 1)) for line in rows for x, y, _, _ in line])
+  seen = []
+  for window in tiles.windows(height, width, (300, 300), 0.2):
+    for box in objects:
+      part = np.clip(box, np.tile(window[:2], 2), np.tile(window[2:], 2))
+      if (share := np.maximum(part[2:] - part[:2], 0).prod() / (box[2:] - box[:2]).prod()) >= 0.1:
+        seen.append((part + np.where(part == box, rng.uniform(-1, 1, 4), 0), np.float32(rng.uniform(0.5, 1) * share ** 0.5), window))
+  boxes, scores, where = (np.array(column) for column in zip(*seen))
+  merged, _, _ = tiles.merge(boxes.astype(np.float32), scores, np.zeros(len(boxes), np.int32), where, height, width)
+  assert len(merged) == len(objects)
+  np.testing.assert_allclose(merged[np.abs(merged[:, None] - objects).max(-1).argmin(0)], objects, atol=1.1)
 
 
 def test_threads_find_what_one_finds():

@@ -5,7 +5,7 @@ from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
 from tinydet.detection import boxes as B
-from tinydet.detection.anchors import PER_POSITION, anchors, feature_sizes, level_sizes
+from tinydet.detection.anchors import LEVELS, PER_POSITION, anchors, feature_sizes, level_sizes
 from tinydet.detection.losses import BOX_LOSSES, detection_losses, sigmoid_focal_loss
 from tinydet.detection.matcher import match
 from tinydet.runtime.graphs import jit
@@ -288,3 +288,15 @@ def test_box_losses_are_zero_where_the_boxes_agree():
   deltas = Tensor(encode(b, a).astype(np.float32))
   found = Tensor.stack(*(loss(deltas, Tensor(b), Tensor(a)) for loss in BOX_LOSSES.values())).numpy()
   np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(120, 120), (100, 170), (128, 256)])
+def test_anchors_lie_where_the_cells_are(size):
+  """With exact strides the middle of cell (i, j) of level l is at (i, j) * 2^l; torchvision's places are the same where 128 divides the sides."""
+  found, theirs, start = anchors(*size, exact_strides=True), anchors(*size), 0
+  for level, (rows, columns) in zip(LEVELS, feature_sizes(*size)):
+    middle = (found[start:start + 9 * rows * columns, :2] + found[start:start + 9 * rows * columns, 2:]).reshape(rows, columns, 9, 2) / 2
+    y, x = np.meshgrid(np.arange(rows) * 2 ** level, np.arange(columns) * 2 ** level, indexing="ij")
+    np.testing.assert_allclose(middle, np.stack([x, y], -1)[:, :, None].repeat(9, 2), atol=0.5)
+    start += 9 * rows * columns
+  assert (found == theirs).all() == (size == (128, 256)) and found.shape == theirs.shape

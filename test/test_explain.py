@@ -7,7 +7,7 @@ from tinygrad import Tensor
 from tinydet.datasets.shapes import Shapes
 from tinydet.detection import explain
 from tinydet.detection.anchors import PER_POSITION, anchors, feature_sizes
-from tinydet.predict import Detector
+from tinydet.predict import Predictor
 from tinydet.errors import UserError
 from tinydet.config import parse, split_words
 from tinydet.runtime.graphs import jit
@@ -179,14 +179,14 @@ def test_cascade_writes_in_place_and_gives_everything_back():
 
 # ---- the shipped detector
 
-DETECTOR = functools.cache(lambda: Detector("shapes"))
-NETWORK = functools.cache(lambda make=program.Network: make(DETECTOR(), "backbone"))
+DETECTOR = functools.cache(lambda: Predictor("shapes"))
+NETWORK = functools.cache(lambda make=program.Network: make(DETECTOR().detector, "backbone"))
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
   """The program in this process, with the one network that all tests share; returns what it wrote to explanations.json."""
-  monkeypatch.setattr(program, "Detector", lambda *_, **__: DETECTOR())
+  monkeypatch.setattr(program, "Predictor", lambda *_, **__: DETECTOR())
   monkeypatch.setattr(program, "Network", lambda *_: NETWORK())
   def run(*words):
     free, flags = split_words([*map(str, words), "--weights", "shapes", "--out", str(tmp_path / "out")], ("--check",))
@@ -203,7 +203,7 @@ def entry_of(detection): return detection["anchor"] * 6 + SET.class_names.index(
 def test_maps_beat_random_ones_and_depend_on_the_weights(run, tmp_path, capsys, monkeypatch):
   """Petsiuk et al. 2018 and Adebayo et al. 2018 on the surest detection of pictures of shapes."""
   monkeypatch.setattr(program, "RANDOM_MAPS", 2)
-  before = DETECTOR().model.backbone.body.conv1.weight.numpy()
+  before = DETECTOR().detector.network.backbone.body.conv1.weight.numpy()
   result = run("--data", "shapes:1", "--images", "6", "--top", "1", "--check")
   detections = [d | {"image": SET[i].image} for i, p in enumerate(result["pictures"]) for d in p["detections"]]
   assert len(detections) >= 5
@@ -211,9 +211,9 @@ def test_maps_beat_random_ones_and_depend_on_the_weights(run, tmp_path, capsys, 
   assert curves["deletion"] < 0.7 * curves["random_deletion"] and curves["insertion"] > 1.2 * curves["random_insertion"]
   assert np.mean([d["curves"]["deletion"] < d["curves"]["random_deletion"] for d in detections]) > 0.7
   stages = result["mean"]["randomised"]
-  assert [s["stage"] for s in stages] == list(program.STAGES)
+  assert [s["stage"] for s in stages] == list(DETECTOR().detector.stages)
   assert all(s["rank_correlation"] < 0.7 and s["ssim"] < 0.8 for s in stages) and stages[-1]["rank_correlation"] < 0.55
-  np.testing.assert_array_equal(DETECTOR().model.backbone.body.conv1.weight.numpy(), before)
+  np.testing.assert_array_equal(DETECTOR().detector.network.backbone.body.conv1.weight.numpy(), before)
   for d in detections:   # the anchor is the detection's own, and --check left the network as it was
     assert NETWORK().scores(d["image"][None], entry_of(d), 16)[0] == pytest.approx(d["score"], abs=1e-5)
     assert sum(d["shares"].values()) == pytest.approx(1) and list(d["shares"]) == ["C3", "C4", "C5"]
@@ -227,7 +227,7 @@ def test_maps_beat_random_ones_and_depend_on_the_weights(run, tmp_path, capsys, 
 
 def test_eigen_cam_does_not_see_the_head_and_hires_cam_tells_detections_apart():
   image = SET[1].image   # a square above a ring
-  *features, logits, _ = NETWORK().forward(Tensor(image[None]))
+  features, (logits, _) = NETWORK().forward(image)
   best = logits.numpy()[0].argmax(0)
   square, ring = (int(best[label]) * 6 + label for label in (SET.class_names.index("square"), SET.class_names.index("ring")))
   likeness = {}
@@ -237,11 +237,11 @@ def test_eigen_cam_does_not_see_the_head_and_hires_cam_tells_detections_apart():
     likeness[method] = explain.rank_correlation(*heats)
   assert likeness["hirescam"] < likeness["gradcam"] < likeness["eigencam"]
   (maps, _), = NETWORK().maps("eigencam", features, [square])
-  model = DETECTOR().model
+  model = DETECTOR().detector.network
   stages = {"logits": {"w": model.head.classification_head.cls_logits.weight}, "layer4": {"w": model.backbone.body.layer4[0].conv2.weight}}
   rng = np.random.default_rng(0)
   for stage in explain.cascade(stages, lambda key, shape: rng.standard_normal(shape) * 0.05):
-    *features, _, _ = NETWORK().forward(Tensor(image[None]))
+    features, _ = NETWORK().forward(image)
     (others, _), = NETWORK().maps("eigencam", features, [square])
     np.testing.assert_array_equal(maps[0], others[0])
     assert np.array_equal(maps[2], others[2]) == (stage == "logits")

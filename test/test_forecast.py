@@ -3,11 +3,11 @@ import importlib, itertools, sys
 from pathlib import Path
 import pytest
 from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
-from tinydet.reporting.forecast import MLPERF_EPOCHS, PUBLISHED, Forecast, hours_to_target, mlperf_epochs
+from tinydet.reporting.forecast import MLPERF_EPOCHS, CONVERGENCE, Forecast, hours_to_target, mlperf_epochs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 Config, PRESETS = (getattr(importlib.import_module("train_retinanet"), name) for name in ("Config", "PRESETS"))
-RECIPES = {name: Config(**PRESETS[name]) for name in PUBLISHED}
+RECIPES = {name: Config(**PRESETS[name]) for name in CONVERGENCE}
 OPENIMAGES = 1_170_301
 
 

@@ -230,7 +230,10 @@ ODD_PICTURES = [
       "pictures of several frames, of which the first is used", image=np.asarray(RGB.quantize(16).convert("RGB"))),
   Odd("turned by EXIF", both(saved(Image.fromarray(pixels(0, 20, 30)), exif=TURNED), sized(20, 30)),
       "pictures turned as their EXIF orientation says", image=np.rot90(pixels(0, 20, 30), -1)),
-  Odd("EXIF passed over", saved(RGB, exif=TURNED), "pictures left as stored in spite of an EXIF orientation"),
+  Odd("EXIF passed over", both(saved(Image.fromarray(pixels(0, 30, 20)), exif=TURNED), sized(20, 30)),
+      "pictures left as stored in spite of an EXIF orientation", image=pixels(0, 30, 20)),
+  Odd("EXIF of a square", saved(RGB, exif=TURNED), "nothing tells whether their boxes were drawn so, and they may lie elsewhere (1): a.png",
+      image=np.rot90(np.asarray(RGB), -1)),
   Odd("broken EXIF", saved(RGB, exif=b"Exif\0\0garbage"), ""),
   Odd("upper-case suffix", rename("a.PNG", "a.png"), "found in another spelling (1): a.png"),
   Odd("lower-case suffix", rename("a.png", "a.PNG"), "found in another spelling (1): a.PNG"),
@@ -703,8 +706,10 @@ FLAGS = [
     ("--preset nothing", {}),
   ("--preset", {}), ("--nonsense 1", {}), ("--batch-size 4", {}), ("-bs 4", {}), ("folder", {}), ("--no-strict=1", {}), ("--strict=maybe", {}),
   ("--no-bs", {}), ("--", {}), ("--dtype float7", {}), ("--wandb perhaps", {}), ("--milestones a,b", {}), ("--box-loss l7", {}),
-  ("", {"BS": "0"}), ("", {"SIZE": "0x0"}), ("", {"LR": "nan"}), ("", {"LR": "\udcff\udcfe"}), ("", {"EPOCHS": "many"}), ("", {"STRICT": "perhaps"}),
-  ("", {"PRESET": "nothing"}), ("", {"WORKERS": "-1"}), ("", {"BACKBONE": "\x1b[2J"}), ("", {"BS": " "}), ("", {"BS": "9" * 5000}),
+  ("", {"BS": "0"}), ("", {"TINYDET_SIZE": "0x0"}), ("", {"LR": "nan"}), ("", {"LR": "\udcff\udcfe"}), ("", {"EPOCHS": "many"}),
+  ("", {"TINYDET_STRICT": "perhaps"}),
+  ("", {"TINYDET_PRESET": "nothing"}), ("", {"TINYDET_WORKERS": "-1"}), ("", {"TINYDET_BACKBONE": "\x1b[2J"}),
+  ("", {"BS": " "}), ("", {"BS": "9" * 5000}),
 ]
 
 
@@ -714,7 +719,7 @@ def test_bad_flags_and_variables_are_refused_in_one_line():
     with pytest.raises(UserError) as error: parse(train.Config, train.PRESETS, words.split(" ") if words else [], environment, "demo")
     flag = words.split(" ")[0].split("=")[0] if words else next(iter(environment))
     assert "\n" not in str(error.value) and flag in str(error.value), (words, environment, str(error.value))
-  for environment in ({"BS": ""}, {"SIZE": ""}, {"UNRELATED": "\udcff"}):   # empty counts as unset
+  for environment in ({"BS": ""}, {"TINYDET_SIZE": ""}, {"UNRELATED": "\udcff"}):   # empty counts as unset
     assert parse(train.Config, train.PRESETS, [], environment, "demo") == parse(train.Config, train.PRESETS, [], {}, "demo")
 
 

@@ -60,7 +60,7 @@ def server(monkeypatch, tmp_path):
   s.publish()
   monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
   monkeypatch.setenv("no_proxy", "*")
-  for name in ("TINYDET_MIRROR", "DATA_DIR"): monkeypatch.delenv(name, raising=False)
+  for name in ("TINYDET_MIRROR", "TINYDET_DATA_DIR"): monkeypatch.delenv(name, raising=False)
   yield s
   s.close()
 

@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import Phase, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from tinygrad import Tensor
-from tinydet.detection.postprocess import CROWDED, _decode_and_clip, Detections, detect, highest_rejected_logit, to_original
+from tinydet.detection.postprocess import CROWDED, _decode_and_clip, Detections, highest_rejected_logit, select, to_original
 
 GOLDEN = Path(__file__).parent / "golden"
 # one shape for every test of the device form, as each shape compiles for seconds; levels longer than, as long as and shorter than topk
@@ -15,7 +15,7 @@ REJECTED_LOGIT = np.float32(highest_rejected_logit(0.05))
 
 
 def run(logits, deltas, anchors, on_host, sizes=SIZES):
-  return detect(Tensor(logits), Tensor(deltas), Tensor(anchors), LEVEL_SIZES, sizes, topk=TOPK, max_detections=MAX_DETECTIONS, on_host=on_host)
+  return select(Tensor(logits), Tensor(deltas), Tensor(anchors), LEVEL_SIZES, sizes, topk=TOPK, max_detections=MAX_DETECTIONS, on_host=on_host)
 
 
 def oracle(logits, deltas, anchors, size):
@@ -53,7 +53,7 @@ def assert_equals_oracle(found: Detections, logits, deltas, anchors, sizes=SIZES
     at, names = found.anchors[i, :n], found.labels[i, :n]   # where each came from: the score and box are that place's own
     with np.errstate(over="ignore"): scores = (1 / (1 + np.exp(-logits[i].astype(np.float64)))).astype(np.float32)
     np.testing.assert_array_equal(scores[at, names], found.scores[i, :n])
-    np.testing.assert_allclose(found.boxes[i, :n], _decode_and_clip(deltas[i, at], anchors[at], sizes[i]), atol=1e-4)
+    np.testing.assert_allclose(found.boxes[i, :n], _decode_and_clip(deltas[i, at], anchors[at], np.float32([0, 0, *sizes[i]])), atol=1e-4)
     assert len({*zip(at.tolist(), names.tolist())}) == n and (found.anchors[i, n:] == -1).all()
     assert not found.boxes[i, n:].any() and not found.scores[i, n:].any() and (found.labels[i, n:] == -1).all()
 
@@ -78,7 +78,7 @@ def golden(name):
 ])
 def test_detections_of_torchvision(name, on_host):
   data, level_sizes, sizes = golden(name)
-  found = detect(*(Tensor(data[k]) for k in ("cls_logits", "bbox_regression", "anchors")), level_sizes, sizes, on_host=on_host)
+  found = select(*(Tensor(data[k]) for k in ("cls_logits", "bbox_regression", "anchors")), level_sizes, sizes, on_host=on_host)
   for i in range(len(sizes)):
     boxes, scores, labels = (data[f"det{i}_{k}"] for k in ("boxes", "scores", "labels"))
     n = found.counts[i]

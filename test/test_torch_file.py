@@ -88,6 +88,15 @@ GOOD = {"zip": zip_file(WHOLE, {"0": FLOATS.tobytes(), "1": NUMBERS.tobytes()}),
         "stream": stream_file(WHOLE.replace(number(12) + b"tQ", number(12) + b"NtQ").replace(number(9) + b"tQ", number(9) + b"NtQ"),
                               storages={"0": FLOATS, "1": NUMBERS}),
         "tar": tar_file(b"\x80\x02" + mapping(("a", b"U\x017Q"), ("b", b"](" + text("7") + b"QK\x05\x88N" + HALF + b"e")) + b".")}
+# a whole model, which refers to itself in a bound method, and beside it an object and a class that say nothing
+NOTHING = (("_parameters", b"}"), ("_buffers", b"}"))
+LEAF = name("torch.nn.modules.conv", "Conv2d") + b")\x81" + mapping(
+  ("_parameters", mapping(("weight", tensor((3, 4), (4, 1))), ("bias", b"N"))), ("_buffers", b"}"), ("_modules", b"}"), ("stride", b"K\1")) + b"b"
+WHOLE_MODEL = mapping(("model", name("models.yolo", "Model") + b")\x81q\0" + mapping(
+  *NOTHING, ("_modules", mapping(("0", LEAF))), ("names", b"](" + text("cat") + text("dog") + b"e"), ("nc", b"K\2"),
+  ("call", call("__builtin__", "getattr", b"h\0", text("forward")))) + b"b"), ("opt", name("ultralytics.utils", "Space") + b")\x81}b"),
+  ("kind", name("models.yolo", "Detect")), ("fitness", call("numpy.core.multiarray", "scalar", name("numpy", "dtype") + b")R", b"C\0")))
+GOOD["model"] = zip_file(b"\x80\x02" + WHOLE_MODEL + b".")
 
 
 def load(tmp_path, content):
@@ -154,6 +163,25 @@ def test_zip_and_stream(tmp_path, form):
 def test_tar(tmp_path):
   value = load(tmp_path, GOOD["tar"])
   assert same(value["a"], TAR_TENSOR) and value["b"][0] is value["a"] and value["b"][1:] == [5, True, None, .5]
+
+
+@pytest.mark.parametrize("form", [zip_file, stream_file])
+def test_a_whole_model_is_its_tensors(tmp_path, form):
+  pickled = b"\x80\x02" + WHOLE_MODEL + b"."
+  value = load(tmp_path, form(pickled if form is zip_file else pickled.replace(number(12) + b"tQ", number(12) + b"NtQ")))
+  model = value.pop("model")
+  assert (model.name, list(model.tensors), model.about) == ("models.yolo.Model", ["0.weight"], {"names": ["cat", "dog"], "nc": 2})
+  assert same(model.tensors["0.weight"], FLOATS.reshape(3, 4))
+  assert value == {"opt": "ultralytics.utils.Space", "kind": "models.yolo.Detect", "fitness": "numpy.core.multiarray.scalar"}
+  assert {type(v) for v in value.values()} == {torch_file.Inert}
+
+
+@pytest.mark.parametrize("opcodes, reason", [
+  (WHOLE_MODEL + name("os", "system") + b"\x86", "refers to os.system, which a checkpoint has no use for, beside __builtin__.getattr"),
+  (WHOLE_MODEL + call("torch", "load", text("x")) + b"\x86", "refers to torch.load"),
+  (LEAF.replace(b"Conv2d", b"os.path"), "refers to torch.nn.modules.conv.os.path")])
+def test_models_are_no_way_in(tmp_path, opcodes, reason):
+  refused(tmp_path, zip_file(b"\x80\x02" + opcodes + b"."), reason)
 
 
 def test_the_suffix_means_nothing_and_odd_files_are_named(tmp_path):
@@ -574,7 +602,8 @@ def settled(tmp_path, content):
     tracemalloc.stop()
     assert peak < 4 * len(content) + (20 << 20)
   def plain(node):
-    assert type(node) in (dict, list, tuple, set, str, bytes, int, float, bool, type(None), np.ndarray)
+    if type(node) is torch_file.Module: node = {**node.tensors, **node.about}
+    assert type(node) in (torch_file.Inert, dict, list, tuple, set, str, bytes, int, float, bool, type(None), np.ndarray)
     for part in [*node, *node.values()] if isinstance(node, dict) else node if isinstance(node, (list, tuple, set)) else (): plain(part)
   plain(value)
   return value
@@ -614,7 +643,9 @@ FRAGMENTS = [bytes([o]) for o in b"()]}\x8f.NRQbtueas0\x81\x85\x86\x87\x88\x89\x
   text("0"), text("storage"), text("_metadata"), text("torch"), storage(), storage(stream=True), tensor(), tensor((3, 4), (4, 1)), ORDERED,
   name("torch", "FloatStorage"), name("torch", "FloatTensor"), name("torch", "Size"), name("torch", "device"), name("torch", "float32"),
   name("torch._utils", "_rebuild_tensor_v2"), name("torch.nn.parameter", "Parameter"), name("collections", "OrderedDict"), name("builtins", "set"),
-  name("collections", "Counter"), name("argparse", "Namespace"), name("os", "system")]
+  name("collections", "Counter"), name("argparse", "Namespace"), name("os", "system"),
+  name("models.yolo", "Model") + b")\x81", LEAF, text("_modules"),
+  name("builtins", "getattr"), mapping(*NOTHING, ("_modules", mapping(("0", LEAF)))) + b"b"]
 
 
 @FUZZ

@@ -293,6 +293,9 @@ def wandb_server(seen):
 def test_logged_in_it_goes_online_and_a_server_that_falls_silent_costs_only_seconds(tmp_path):
   server = wandb_server(seen := [])
   login = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40}
+  (tmp_path/"zero").mkdir()
+  assert run(RUN, tmp_path/"zero", **login).stdout.startswith("upload this run") and not seen, "nothing is sent that nobody asked for"
+  login["WANDB_MODE"] = "online"
   done = run(RUN, tmp_path, **login)
   assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and any("train/loss" in body for body in seen)
 

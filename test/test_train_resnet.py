@@ -1,5 +1,5 @@
 """The classifier's trainer as its user runs it: what a run leaves behind, how it goes on, what it learns, and what it says to bad input."""
-import importlib.util, json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -10,6 +10,7 @@ from tinydet.datasets.transforms import center_crop_resize
 from tinydet.models import resnet
 from tinydet.models.preprocess import normalize
 from tinydet.weights import checkpoint
+from tinydet.training import classification
 from tinydet.weights.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -25,13 +26,6 @@ def trainer(folder, *flags, timeout=600):
 
 
 def metrics(folder): return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def program():
-  spec = importlib.util.spec_from_file_location("train_resnet", ROOT / "examples/train_resnet.py")
-  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-  return module
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +159,7 @@ def test_top1_is_a_count_over_the_validation_pictures(coloured):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_is_that_of_float64(program, smoothing):
+def test_cross_entropy_is_that_of_float64(smoothing):
   rng = np.random.default_rng(0)
   logits, labels = rng.normal(0, 5, (9, 6)), np.array([3, -1, 0, 5, 5, -1, 1, 2, 4], np.int32)
   logits[3] = [1000, -1000, 0, 3, 2, 1]   # exp overflows in float32
@@ -176,23 +170,23 @@ def test_cross_entropy_is_that_of_float64(program, smoothing):
   expected = -(targets * logs).sum(1)[known].mean()
   slope = np.where(known[:, None], np.exp(logs) - targets, 0) / known.sum()
   tensor = Tensor(logits.astype(np.float32))
-  loss = program.cross_entropy(tensor, Tensor(labels), smoothing)
+  loss = classification.cross_entropy(tensor, Tensor(labels), smoothing)
   gradient, = loss.gradient(tensor)
   assert loss.item() == pytest.approx(expected, rel=1e-5)
   np.testing.assert_allclose(gradient.numpy(), slope, atol=1e-6)
-  assert program.cross_entropy(tensor, Tensor(np.full(9, -1, np.int32)), smoothing).item() == 0
+  assert classification.cross_entropy(tensor, Tensor(np.full(9, -1, np.int32)), smoothing).item() == 0
 
 
-def test_ranks_and_losses_are_numpys(program):
+def test_ranks_and_losses_are_numpys():
   rng = np.random.default_rng(1)
   logits, labels = rng.normal(0, 3, (200, 11)).astype(np.float32), rng.integers(0, 11, 200)
-  losses, ranks = program.losses_and_ranks(logits, labels)
+  losses, ranks = classification.losses_and_ranks(logits, labels)
   order = np.argsort(-logits, 1)
   np.testing.assert_array_equal(ranks, np.argmax(order == labels[:, None], 1) + 1)
   wide = logits.astype(np.float64)
   np.testing.assert_allclose(losses, -np.log(np.exp(wide)[np.arange(200), labels] / np.exp(wide).sum(1)), rtol=1e-9)
   for worthless in (np.zeros((2, 11), np.float32), np.full((2, 11), np.nan, np.float32)):
-    assert (program.losses_and_ranks(worthless, np.array([0, 7]))[1] == 11).all(), "knowing nothing is no success"
+    assert (classification.losses_and_ranks(worthless, np.array([0, 7]))[1] == 11).all(), "knowing nothing is no success"
 
 
 @pytest.mark.parametrize(("flags", "words"), [

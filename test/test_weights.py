@@ -7,7 +7,8 @@ from tinydet.errors import UserError
 from tinydet.models import resnet, retinanet
 from tinydet.nn import init
 from tinydet.weights import checkpoint, torch_file
-from tinydet.weights.weights import fit, load_weights, open_detector, open_weights, read, save_weights
+from tinydet.detectors import open_detector
+from tinydet.weights.weights import fit, load_weights, open_weights, read, save_weights
 
 ROOT = Path(__file__).parents[1]
 NAME = "retinanet_resnet10_quarter_fpn"
@@ -175,7 +176,8 @@ def test_open_a_detector_for_the_classes_of_some_data(six_classes, tmp_path):
   tensors, path = six_classes
   save_weights(named := tmp_path / "named.safetensors", get_state_dict(retinanet.build(NAME, 6, "batch", seed=3)),
                {"class_names": ["a", "b", "C", "d", "e", "f"], "size": [64, 48]})
-  model, about, notes = open_detector(str(named), class_names=["F", "x", "b"])
+  detector, about, notes = open_detector(str(named), class_names=["F", "x", "b"])
+  model = detector.network
   assert (about["model"], about["num_classes"], about["size"], about["class_names"]) == (NAME, 3, [64, 48], ["F", "x", "b"])
   assert len(notes) == 1 and "never learnt x" in notes[0]
   for part, nothing in (("weight", 0), ("bias", -100)):

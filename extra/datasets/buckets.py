@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
-from tinydet.datasets.transforms import one_canvas, resized_sizes
+from tinydet.datasets.transforms import Transform, pad_to, resized_sizes
 
 MULTIPLE = 32   # of a canvas's sides, in pixels: the stride of C5, and what torchvision pads to
 
@@ -17,6 +17,11 @@ class Buckets:
   of: np.ndarray
   padding: float
   square_padding: float
+  padded: Transform | None = None   # how a picture comes into the canvas where there is only one, and it is not at the top left
+
+  def pad(self, canvas: tuple[int, int]) -> Transform:
+    """The transform that puts a picture into one of the canvases."""
+    return self.padded or pad_to(*canvas)
 
   def __str__(self) -> str:
     names = ", ".join(f"{width}x{height}" for height, width in self.canvases)
@@ -43,26 +48,18 @@ class Buckets:
     return [(canvas, order[positions]) for canvas, positions in found[first:first + 1] + found[:first] + found[first + 1:]]
 
 
-def one_bucket(pictures: int, canvas: tuple[int, int]) -> Buckets:
-  """All pictures on one `canvas`, filled by each."""
-  return Buckets((canvas,), np.zeros(pictures, np.int64), 0.0, 0.0)
+def one_bucket(pictures: int, canvas: tuple[int, int], padded: Transform | None = None) -> Buckets:
+  """All pictures on one `canvas`, into which `padded` puts one that does not fill it."""
+  return Buckets((canvas,), np.zeros(pictures, np.int64), 0.0, 0.0, padded)
 
 
-def upright_and_flat(size: tuple[int, int], max_size: int) -> tuple[tuple[int, int], ...]:
-  """Canvases (height, width) that hold between them whatever comes out of `transforms.for_network`, where the pictures are not known beforehand."""
-  if not max_size: return (one_canvas(size, max_size),)
-  short, long = (-(-side // MULTIPLE) * MULTIPLE for side in (min(*size, max_size), max_size))
-  return tuple(dict.fromkeys([(short, long), (long, short)]))
-
-
-def choose_buckets(sizes: Sequence[tuple[int, int]] | np.ndarray, size: tuple[int, int], max_size: int, count: int, batch_size: int) -> Buckets:
-  """At most `count` canvases for pictures of `sizes` [N,2] (height, width) that come through `transforms.for_network(size, max_size)`.
+def choose_buckets(sizes: Sequence[tuple[int, int]] | np.ndarray, shorter: int, max_size: int, count: int, batch_size: int) -> Buckets:
+  """At most `count` canvases for pictures of `sizes` [N,2] (height, width) that come through `transforms.resize_shorter(shorter, max_size)`.
 
   Resized, the flatter of two pictures is at least as wide and at most as high. Each canvas takes a range of aspect ratios, at least `batch_size`
   pictures so that they fill a batch; of all such divisions the one with fewest pixels is found by dynamic programming."""
-  square = one_canvas(size, max_size)
-  if not max_size: return one_bucket(len(sizes), square)
-  content = resized_sizes(np.asarray(sizes, np.int64), min(size), max_size)
+  square = [-(-max_size // MULTIPLE) * MULTIPLE] * 2
+  content = resized_sizes(np.asarray(sizes, np.int64), shorter, max_size)
   padded = -(-content // MULTIPLE) * MULTIPLE
   order = np.lexsort((-padded[:, 1], padded[:, 0]))   # the flattest first
   ends, heights, widths = _divide(padded[order], count, min(batch_size, len(order)))

@@ -39,7 +39,7 @@ def describe(dataset: Any) -> str:
   """Pictures, their sizes, boxes an image, boxes by area, and classes, as a text of several lines."""
   truth = dataset.ground_truth()
   sizes = np.array([(image["width"], image["height"]) for image in truth["images"]])
-  objects = [a for a in truth["annotations"] if not a["iscrowd"]]
+  objects = [a for a in truth["annotations"] if not (a["iscrowd"] or a.get("difficult"))]
   position = {image["id"]: i for i, image in enumerate(truth["images"])}
   owners = np.array([position[a["image_id"]] for a in objects], np.int64)
   label_of = {category: label for label, category in enumerate(dataset.category_ids)}
@@ -92,8 +92,8 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser("python -m tinydet.datasets.check", description="What a training run would say of a data set, and what is in it.")
   parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf once they "
                       "are downloaded")
-  parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR"),
-                      help="where the data sets that are downloaded lie; by default DATA_DIR, or else the user's cache folder")
+  parser.add_argument("--data-dir", default=os.environ.get("TINYDET_DATA_DIR"),
+                      help="where the data sets that are downloaded lie; by default TINYDET_DATA_DIR, or else the user's cache folder")
   parser.add_argument("--split", choices=(*SPLIT_NAMES, "both"), default="both")
   parser.add_argument("--strict", action="store_true", help="make every oddity an error")
   parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")

@@ -26,7 +26,7 @@ KNOWN_FIELDS = {
   "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints", "num_keypoints"},
   "categories": {"id", "name", "supercategory", "keypoints", "skeleton"}}
 LARGE = 2 ** 26   # bytes: a larger annotation file is read in portions, and what was read is kept
-VERSION = 1       # of the arrays and the checks behind them: to be raised where either changes
+VERSION = 2       # of the arrays and the checks behind them: to be raised where either changes
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,6 +55,7 @@ class Coco:
   category_ids: list[int]
   class_names: list[str]
   max_boxes: int
+  upright: bool | None         # whether boxes are of upright pictures (see `check_headers`)
   warnings: list[str]
 
   def __init__(self, annotation_file: str | Path, image_folder: str | Path, strict: bool = False):
@@ -83,7 +84,7 @@ class Coco:
     mine = slice(*self.offsets[index:index + 2])
     objects = ~self.crowd[mine]
     image = read_image(self.image_name(index), (height, width), f"{self.file}: images[].width/height of id {self.image_ids[index]}",
-                       resized)
+                       resized, self.upright is not False)
     corners = np.concatenate([self.boxes[mine, :2], self.boxes[mine, :2] + self.boxes[mine, 2:]], 1)[objects]
     boxes = corners.clip(0, [width, height] * 2).astype(np.float32)
     if resized: boxes = resized_boxes(boxes, (height, width), resized)
@@ -204,7 +205,7 @@ class Coco:
     problems.note("pictures in the image folder that images[] does not list", [n for n in unused if n.lower().endswith(SUFFIXES)], shown)
     for i, file in zip(safe, found): names[i] = file
     there = [i for i in safe if names[i] is not None and sizes[i].max() < INT32]
-    check_headers(problems, self.folder, [names[i] for i in there], sizes[there].tolist())
+    about["upright"] = check_headers(problems, self.folder, [names[i] for i in there], sizes[there].tolist())
     encoded = [str(name).encode("utf-8", "surrogatepass") for name in names]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return {"image_ids": id, "sizes": sizes, "names": np.frombuffer(b"".join(encoded), np.uint8), "name_offsets": offsets}, names

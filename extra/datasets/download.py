@@ -33,11 +33,11 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser("python -m tinydet.datasets.download", description="Download a data set, or go on where that broke off.",
                                    epilog="TINYDET_MIRROR names a folder or URL that has the files instead.")
   parser.add_argument("name", choices=DATASETS)
-  parser.add_argument("folder", nargs="?", type=Path, help="by default where --data finds it: in DATA_DIR, or else in the user's cache folder")
+  parser.add_argument("folder", nargs="?", type=Path, help="by default where --data finds it: in TINYDET_DATA_DIR, or else the user's cache folder")
   parser.add_argument("--subset", type=_count, default=0, help="only the first so many pictures of each split, for trying")
   parser.add_argument("--workers", type=_count, default=32, help="pictures to fetch at once, where they come one by one (default 32)")
   args = parser.parse_args(argv)
-  home = Path(os.environ["DATA_DIR"]).expanduser() if os.environ.get("DATA_DIR") else cache_folder("data")
+  home = Path(os.environ["TINYDET_DATA_DIR"]).expanduser() if os.environ.get("TINYDET_DATA_DIR") else cache_folder("data")
   folder = args.folder or home/(args.name + f"-{args.subset}" * bool(args.subset))
   complete(args.name, folder, subset=args.subset, workers=args.workers)
   print(f"{args.name} is complete in {folder}; train on it with --data {folder}")

@@ -18,11 +18,13 @@ ORIENTATION = 0x0112         # of EXIF
 WHOLE_CHECK = "python -m tinydet.datasets.check"
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resized: tuple[int, int] | None = None) -> Image.Image:
+def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resized: tuple[int, int] | None = None,
+               upright: bool = False) -> Image.Image:
   """The picture in a file in RGB: 16 bits scaled to 8, transparency laid on white, of several frames the first.
 
   `size` (height, width) is what the annotations declare (None: nothing), `field` where they do so, for messages. Boxes belong to the picture of
-  that size: the file's EXIF orientation is applied when it makes the sizes agree and the stored pixels do not.
+  that size: the file's EXIF orientation is applied when it makes the sizes agree and the stored pixels do not, and where the size cannot tell (half a
+  turn, a mirror image, a square) when the data set's pictures are `upright` (see `check_headers`).
   With `resized` (height, width) the picture comes stretched to that, bilinear with antialiasing. A JPEG that is at least twice as large on both sides
   is decoded at a half, a quarter or an eighth of its resolution first, from as many of the frequencies it is stored as: in half the time, and a grey
   level or two away from what it would be otherwise, being less blurred.
@@ -32,11 +34,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resiz
     with opened(path) as picture:
       found = stored = (picture.height, picture.width)
       part = None   # of the decoded pixels that is the picture: a side that the scale does not divide has less of its last pixel
-      if resized is not None and size == stored and stored[0] >= 2 * resized[0] and stored[1] >= 2 * resized[1]:
+      turns = size is not None and (size != stored or (upright and _untold(stored, _turn(picture))))
+      if resized is not None and size == stored and not turns and stored[0] >= 2 * resized[0] and stored[1] >= 2 * resized[1]:
         drafted = picture.draft(None, resized[::-1])
         part = drafted and drafted[1]
       picture.load()
-      if size is not None and size != stored:
+      if turns:
         picture = ImageOps.exif_transpose(picture)
         found = (picture.height, picture.width)
       picture = to_rgb(picture)
@@ -47,8 +50,11 @@ def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resiz
   return picture if resized is None else picture.resize(resized[::-1], Image.Resampling.BILINEAR, box=part)
 
 
-def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> None:
+def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> bool | None:
   """Report what the headers of the files `names` in `folder` tell, where `sizes` (height, width) are annotated; no pixel is decoded.
+
+  Returns whether the annotations are of upright pictures, as their EXIF orientation says: one rule for all, from those whose annotated size proves
+  it, None where none does. Then they are taken for upright, as whoever labels a picture looks at it so, and as it will be shown to the detector.
 
   Finds what is no picture, is cut short in its header, has too many pixels or another size, and counts what `read_image` will convert. Symbolic
   links are followed, as data sets are often made of them, and one that leads out of the folder's surroundings is counted.
@@ -56,15 +62,36 @@ def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], 
   chosen = range(len(names)) if len(names) <= MAX_HEADERS else np.linspace(0, len(names) - 1, MAX_HEADERS).astype(int).tolist()
   if len(chosen) < len(names):
     problems.note(f"pictures, of which {MAX_HEADERS:,} were looked at, evenly spread; {WHOLE_CHECK} reads all", names, lambda _: "")
+  turned, stored, untold = [], [], []   # pictures with an EXIF orientation: what their annotated size proves
   for i in chosen:
     name, size = shown(names[i]), tuple(sizes[i])
     try:
-      with opened(os.path.join(folder, names[i])) as picture: found, oddities = _size_and_oddities(picture, size)
+      with opened(os.path.join(folder, names[i])) as picture: found, turn, oddities = _size_and_oddities(picture, size)
     except Exception as e: problems.error("pictures that cannot be read", [f"{name} ({_why(e)})"])
     else:
       if found != size: problems.error("pictures of another size than annotated", [f"{name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}"])
+      elif turn != 1: (untold if _untold(size, turn) else stored if (picture.height, picture.width) == size else turned).append(name)
       for what in oddities: problems.odd(f"pictures {what}", [name])
+  upright = bool(turned) if bool(turned) != bool(stored) else None
+  problems.odd("pictures turned as their EXIF orientation says, for their annotated size is the turned one", turned)
+  problems.odd("pictures left as stored in spite of an EXIF orientation, for their annotated size is the stored one", stored)
+  taken = {True: "turned, as the others of this data set are", False: "left as stored, as the others of this data set are",
+           None: "turned upright; nothing tells whether their boxes were drawn so, and they may lie elsewhere"}[upright]
+  problems.odd(f"pictures whose EXIF orientation leaves their size as it is (half a turn, a mirror image, a square), {taken}", untold)
   problems.odd("pictures behind symbolic links out of the data set, followed", _links_out(folder, names), shown)
+  return upright
+
+
+def _turn(picture: Image.Image) -> int:
+  """The EXIF orientation, 1 where there is none."""
+  try: turn = Image.Image.getexif(picture).get(ORIENTATION, 1)   # PNG's own decodes the picture first
+  except Exception: return 1   # what is no EXIF turns nothing
+  return turn if turn in range(2, 9) else 1
+
+
+def _untold(size: tuple[int, int], turn: int) -> bool:
+  """Whether a picture of `size` has an orientation that its size does not show."""
+  return turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and size[0] == size[1])
 
 
 def find_files(folder: str | Path, names: Sequence[str]) -> tuple[list[str | None], list[str]]:
@@ -110,20 +137,18 @@ def jpeg_size(source: str | Path | bytes) -> tuple[int, int]:
   except Exception as e: raise ValueError(f"it is no JPEG ({_why(e)})") from e   # decoders raise almost anything on broken files
 
 
-def _size_and_oddities(picture: Image.Image, size: tuple[int, int]) -> tuple[tuple[int, int], list[str]]:
-  """(height, width) as `read_image` will find them where `size` is annotated, and what it will convert."""
-  stored = (picture.height, picture.width)
-  try: turn = (Image.Image.getexif(picture) if stored == size else picture.getexif()).get(ORIENTATION, 1)   # PNG's own decodes the picture first
-  except Exception: turn = 1   # what is no EXIF turns nothing
+def _size_and_oddities(picture: Image.Image, size: tuple[int, int]) -> tuple[tuple[int, int], int, list[str]]:
+  """(height, width) as `read_image` will find them where `size` is annotated, the EXIF orientation, and what it will convert."""
+  stored, turn = (picture.height, picture.width), _turn(picture)
+  if turn == 1 and stored != size and picture.format == "PNG":   # its EXIF may stand behind the pixels
+    with contextlib.suppress(Exception): turn = picture.getexif().get(ORIENTATION, 1)
   found = stored[::-1] if stored != size and turn in (5, 6, 7, 8) else stored
-  if found != size: return found, []
+  if found != size: return found, turn, []
   oddities = []
-  if found != stored: oddities.append("turned as their EXIF orientation says, for their annotated size is the turned one")
-  elif turn in range(2, 9): oddities.append("left as stored in spite of an EXIF orientation, for their annotated size is the stored one")
   if kind := MODES[picture.mode]: oddities.append(f"{kind}, converted")
   if picture.mode in ALPHA or "transparency" in picture.info: oddities.append("with transparency, laid on white")
   if getattr(picture, "is_animated", False): oddities.append("of several frames, of which the first is used")
-  return found, oddities
+  return found, turn, oddities
 
 
 def _links_out(folder: str | Path, names: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tinydet.datasets.buckets import Buckets
 from tinydet.datasets.sample import Batch, Sample
-from tinydet.datasets.transforms import Transform, first_size, pad_to
+from tinydet.datasets.transforms import Draw, Transform, first_size
 from tinydet.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Loader:
   """Yields the batches of an epoch; what it yields depends on (seed, epoch) only, not on the number of workers.
 
   `transform` must bring every sample to one size, the canvas; with `buckets`, to one that its batch's canvas holds, to which it is then padded. The
-  generator of a sample is `np.random.default_rng((seed, epoch, index))`, the order of a shuffled epoch that of
+  generator of a sample is `Draw((seed, epoch, index), ...)`, the order of a shuffled epoch that of
   `np.random.default_rng((seed, epoch)).permutation`, as `Buckets.batches` divides it. Without `drop_last` the last batch (of a canvas) is filled up
   with all-zero images of image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the data set's own
   maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
@@ -79,11 +79,11 @@ class Loader:
     self._pool = None
 
   def _transformed(self, epoch: int, index: int, canvas: tuple[int, int] | None = None) -> Sample:
-    rng = np.random.default_rng((self.seed, epoch, index))
+    rng = Draw((self.seed, epoch, index), self.dataset, index, epoch)
     try:
       size = first_size(self.transform, tuple(self.dataset.sizes[index])) if self.reduced else None
       sample = self.transform(self.dataset[index] if size is None else self.dataset.resized(index, size), rng)
-      return pad_to(*canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
+      return self.buckets.pad(canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
     except Exception as e:
       e.add_note(f"while loading {self.dataset.image_name(index)}")
       raise
@@ -95,12 +95,14 @@ class Loader:
                        "the transform must end with one fixed size")
     if (n := len(sample.boxes)) > self.max_boxes:
       raise UserError(f"{self.dataset.image_name(index)} has {n} boxes, but max_boxes is {self.max_boxes}; raise it to {n} or more")
-    batch.images[row], batch.sizes[row], batch.original_sizes[row] = sample.image, sample.content_size, sample.original_size
+    batch.images[row], batch.sizes[row], batch.origins[row] = sample.image, sample.content_size, sample.origin
+    batch.original_sizes[row] = sample.original_size
     batch.boxes[row, :n], batch.boxes[row, n:], batch.labels[row, :n], batch.labels[row, n:] = sample.boxes, 0, sample.labels, -1
     batch.image_ids[row] = sample.image_id
 
   def _blank_rows(self, batch: Batch, first: int) -> None:
     batch.images[first:], batch.boxes[first:], batch.labels[first:], batch.image_ids[first:] = 0, 0, -1, -1
+    batch.origins[first:] = 0
     batch.sizes[first:] = batch.original_sizes[first:] = batch.images.shape[1:3]
 
   def _epoch_in_process(self, epoch: int, batches: list[tuple[tuple[int, int], list[int]]]) -> Iterator[Batch]:
@@ -278,7 +280,8 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
 def _fields(loader: Loader, canvas: tuple[int, int]) -> list[tuple[tuple[int, ...], type]]:
   """Shape and type of a batch's arrays in the order of `Batch`."""
   b, m = loader.rows, loader.max_boxes
-  return [((b, *canvas, 3), np.uint8), ((b, m, 4), np.float32), ((b, m), np.int32), ((b, 2), np.int32), ((b, 2), np.int32), ((b,), np.int64)]
+  pairs = [((b, 2), np.int32)] * 3   # sizes, origins, original sizes
+  return [((b, *canvas, 3), np.uint8), ((b, m, 4), np.float32), ((b, m), np.int32), *pairs, ((b,), np.int64)]
 
 
 def _batch_bytes(loader: Loader, canvas: tuple[int, int]) -> int:

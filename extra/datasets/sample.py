@@ -23,20 +23,27 @@ class Sample:
   labels: np.ndarray               # i32 [M], 0..K-1
   image_id: int
   original_size: tuple[int, int]   # (height, width) of the picture in its file; transforms keep it
-  content_size: tuple[int, int]    # (height, width) of the part of `image`, from its top left corner, that is picture and not padding
+  content_size: tuple[int, int]    # (height, width) of the part of `image` that is picture and not padding
+  origin: tuple[int, int] = (0, 0) # (row, column) of its top left corner
 
   @property
   def picture(self) -> Image.Image:
     """The content of `image`, for Pillow."""
-    pixels, (height, width) = self.__dict__["image"], self.content_size
-    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels[:height, :width]))
+    pixels = self.__dict__["image"]
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels[self.window]))
+
+  @property
+  def window(self) -> tuple[slice, slice]:
+    """Rows and columns of `image` that are content."""
+    (top, left), (height, width) = self.origin, self.content_size
+    return slice(top, top + height), slice(left, left + width)
 
   def with_content(self, picture: Image.Image) -> np.ndarray | Image.Image:
     """`image` where `picture`, of the same size, is its content."""
-    pixels, (height, width) = self.__dict__["image"], self.content_size
+    pixels = self.__dict__["image"]
     if isinstance(pixels, Image.Image) or pixels.shape[:2] == self.content_size: return picture
     padded = pixels.copy()
-    padded[:height, :width] = np.asarray(picture)
+    padded[self.window] = np.asarray(picture)
     return padded
 
 
@@ -47,5 +54,6 @@ class Batch:
   boxes: np.ndarray                # f32 [B,Mmax,4] xyxy pixels of the canvas, 0 where there is no object
   labels: np.ndarray               # i32 [B,Mmax], -1 where there is no object
   sizes: np.ndarray                # i32 [B,2] (height, width) of the picture inside the canvas
+  origins: np.ndarray              # i32 [B,2] (row, column) of the picture's top left corner there
   original_sizes: np.ndarray       # i32 [B,2] (height, width) of the picture in its file
   image_ids: np.ndarray            # i64 [B], -1 for an all-zero image that only fills the last batch

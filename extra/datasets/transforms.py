@@ -1,11 +1,14 @@
 """Transforms of a `Sample`: each function here returns `(Sample, np.random.Generator) -> Sample` and never changes its input.
 
+A loader's generator is a `Draw`, which knows the data set, the picture's place in it and the epoch: a transform may make one picture of several.
+
 They are `functools.partial` objects of module functions, not closures, so that a loader can send them to its worker processes.
 """
 import math
 from dataclasses import replace
 from functools import partial
 from collections.abc import Callable
+from typing import Any
 import numpy as np
 from PIL import Image, ImageStat
 from tinydet.datasets.sample import Sample
@@ -13,6 +16,13 @@ from tinydet.datasets.sample import Sample
 Transform = Callable[[Sample, np.random.Generator], Sample]
 MEAN_GREY = (124, 116, 104)  # mean colour of ImageNet: zero after the usual normalisation
 LUMA = np.array([0.299, 0.587, 0.114])
+
+
+class Draw(np.random.Generator):
+  """The random numbers of one sample, those of `np.random.default_rng(seed)`, and what it is of: picture `index` of `dataset`, in epoch `epoch`."""
+  def __init__(self, seed: tuple[int, ...], dataset: Any, index: int, epoch: int):
+    super().__init__(np.random.PCG64(seed))
+    self.dataset, self.index, self.epoch = dataset, index, epoch
 
 
 def compose(*transforms: Transform) -> Transform:
@@ -33,26 +43,19 @@ def resize_shorter(shorter: int, maximum: int) -> Transform:
   return partial(_resize_shorter, shorter, maximum)
 
 
-def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY) -> Transform:
-  """Put the picture at the top left of a `height` x `width` canvas of colour `fill`; `content_size` keeps the picture's size.
+def resize_inside(height: int, width: int) -> Transform:
+  """Resize, keeping the aspect ratio, to the largest size that fits `height` x `width` pixels, the other side rounded. Follow with `pad_to` for a
+  letterbox."""
+  return partial(_resize_inside, height, width)
 
-  Raises ValueError when the picture is larger than the canvas.
+
+def pad_to(height: int, width: int, fill: tuple[int, int, int] = MEAN_GREY, centred: bool = False) -> Transform:
+  """Put the picture at the top left, or in the middle, of a `height` x `width` canvas of colour `fill`; `content_size` keeps the picture's size and
+  `origin` says where it is.
+
+  In the middle, the odd pixel of padding goes to the right and bottom. Raises ValueError when the picture is larger than the canvas.
   """
-  return partial(_pad_to, height, width, fill)
-
-
-def for_network(size: tuple[int, int], max_size: int) -> Transform:
-  """How every picture comes to the size that the network sees it at, before it is padded (`tinydet.datasets.buckets`).
-
-  `size` (width, height) is that size where `max_size` is 0. Otherwise it is the shorter side, `max_size` bounds the longer one, and the aspect ratio
-  is kept."""
-  return resize_shorter(min(size), max_size) if max_size else resize(size[1], size[0])
-
-
-def one_canvas(size: tuple[int, int], max_size: int) -> tuple[int, int]:
-  """(height, width) of the canvas that holds whatever comes out of `for_network`: with `max_size` a square, for either orientation."""
-  side = -(-max_size // 32) * 32
-  return (side, side) if max_size else (size[1], size[0])
+  return partial(_pad_to, height, width, fill, centred)
 
 
 def horizontal_flip(p: float = 0.5) -> Transform:
@@ -103,11 +106,15 @@ def _compose(transforms: tuple[Transform, ...], sample: Sample, rng: np.random.G
   return sample
 
 
-def _content(sample: Sample) -> np.ndarray:
-  return sample.image[:sample.content_size[0], :sample.content_size[1]]
+def _bare(sample: Sample) -> Sample:
+  """`sample` without padding above and to the left of its content, so that boxes count from its corner."""
+  if sample.origin == (0, 0): return sample
+  top, left = sample.origin
+  return replace(sample, image=sample.picture, boxes=sample.boxes - np.array([left, top] * 2, np.float32), origin=(0, 0))
 
 
 def _resize(height: int, width: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  sample = _bare(sample)
   h, w = sample.content_size
   picture = sample.picture
   if (h, w) != (height, width): picture = picture.resize((width, height), Image.Resampling.BILINEAR)
@@ -125,7 +132,14 @@ def first_size(transform: Transform, size: tuple[int, int]) -> tuple[int, int] |
   if not isinstance(transform, partial): return None
   if transform.func is _resize: return transform.args
   if transform.func is _resize_shorter: return tuple(resized_sizes(np.array([size]), *transform.args)[0].tolist())
+  if transform.func is _resize_inside: return inside_size(size, *transform.args)
   return None
+
+
+def inside_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+  """What `resize_inside` makes of a picture of `size` (height, width)."""
+  scale = min(height / size[0], width / size[1])
+  return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def resized_sizes(sizes: np.ndarray, shorter: int, maximum: int) -> np.ndarray:
@@ -139,23 +153,34 @@ def _resize_shorter(shorter: int, maximum: int, sample: Sample, rng: np.random.G
   return _resize(*resized_sizes(np.array([sample.content_size]), shorter, maximum)[0].tolist(), sample, rng)
 
 
-def _pad_to(height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:
+def _resize_inside(height: int, width: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  return _resize(*inside_size(sample.content_size, height, width), sample, rng)
+
+
+def _pad_to(height: int, width: int, fill: tuple[int, int, int], centred: bool, sample: Sample, rng: np.random.Generator) -> Sample:
   h, w = sample.content_size
   if h > height or w > width: raise ValueError(f"a picture of {h}x{w} pixels does not fit a canvas of {height}x{width}")
+  origin = ((height - h) // 2, (width - w) // 2) if centred else (0, 0)
+  moved = [new - old for new, old in zip(origin, sample.origin)]
+  boxes = sample.boxes + np.array([moved[1], moved[0]] * 2, np.float32) if any(moved) else sample.boxes
   image = np.empty((height, width, 3), np.uint8)
-  image[:h, :w], image[h:], image[:h, w:] = _content(sample), fill, fill
-  return replace(sample, image=image)
+  content = sample.image[sample.window]
+  if (h, w) != (height, width): image[:] = fill
+  placed = replace(sample, image=image, boxes=boxes, origin=origin)
+  image[placed.window] = content
+  return placed
 
 
 def _horizontal_flip(p: float, sample: Sample, rng: np.random.Generator) -> Sample:
   if rng.random() >= p: return sample
-  width, boxes = sample.content_size[1], sample.boxes.copy()
-  boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
+  edges, boxes = 2 * sample.origin[1] + sample.content_size[1], sample.boxes.copy()   # left and right edge of the content, added up
+  boxes[:, [0, 2]] = edges - sample.boxes[:, [2, 0]]
   mirrored = sample.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)   # three times as fast as numpy's [:, ::-1]
   return replace(sample, image=sample.with_content(mirrored), boxes=boxes)
 
 
 def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:
+  sample = _bare(sample)
   h, w = sample.content_size
   scale = min(height / h, width / w) * rng.uniform(low, high)
   full_h, full_w = max(1, int(h * scale)), max(1, int(w * scale))
@@ -169,11 +194,12 @@ def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[
   sides, whole_sides = boxes[:, 2:] - boxes[:, :2], whole[:, 2:] - whole[:, :2]
   keep = (sides.min(1, initial=np.inf) >= 1) & (sides.prod(1) >= 0.1 * whole_sides.prod(1))
   cropped = replace(sample, image=picture, boxes=boxes[keep], labels=sample.labels[keep], content_size=(new_h, new_w))
-  return _pad_to(height, width, fill, cropped, rng)
+  return _pad_to(height, width, fill, False, cropped, rng)
 
 
 def _random_resized_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], sample: Sample,
                          rng: np.random.Generator) -> Sample:
+  sample = _bare(sample)
   h, w = sample.content_size
   for _ in range(10):
     area, aspect = h * w * rng.uniform(*scale), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -189,6 +215,7 @@ def _random_resized_crop(height: int, width: int, scale: tuple[float, float], ra
 
 
 def _center_crop_resize(resize: int, size: int, sample: Sample, rng: np.random.Generator) -> Sample:
+  sample = _bare(sample)
   h, w = sample.content_size
   full_h, full_w = h * resize // min(h, w), w * resize // min(h, w)
   x, y = w / full_w, h / full_h

@@ -20,7 +20,8 @@ class Voc:
 
   Classes are the sorted names in all annotations of the folder, so that every split gives the same labels. Corners in the files are the first and
   the last pixel of the object, counted from 1: a box here is (xmin - 1, ymin - 1, xmax, ymax), clipped to the image. Boxes of which nothing is left,
-  and those whose corners coincide in x or y, are dropped. Objects marked `difficult` are crowd regions: not in the samples, ignored by the metric.
+  and those whose corners coincide in x or y, are dropped. Objects marked `difficult` are not in the samples; what finds one is neither right
+  nor wrong.
   `warnings` counts what is odd. Image ids are 1, 2, ... in the order of the split.
   Raises UserError with all that cannot be mended, and with `strict` all oddities too.
   """
@@ -47,7 +48,7 @@ class Voc:
     self.file_names = [self._picture(pictures[name], problems) for name in self.names]
     self._read_objects([trees[name] for name in self.names], [annotated[name] for name in self.names], problems)
     known = [i for i, size in enumerate(self.sizes) if max(size) > 0]
-    check_headers(problems, self.folder / "JPEGImages", [self.file_names[i] for i in known], [self.sizes[i] for i in known])
+    self.upright = check_headers(problems, self.folder / "JPEGImages", [self.file_names[i] for i in known], [self.sizes[i] for i in known])
     self.warnings = problems.finish()
     if not self.class_names: raise UserError(f"{self.folder / 'Annotations'}: no file there has an <object>")
 
@@ -64,7 +65,8 @@ class Voc:
   def _sample(self, index: int, resized: tuple[int, int] | None) -> Sample:
     mine, size = slice(*self.offsets[index:index + 2]), self.sizes[index]
     objects = ~self.difficult[mine]
-    image = read_image(self.image_name(index), size, f"<size> in {os.path.join(self.folder, 'Annotations', self.names[index])}.xml", resized)
+    field = f"<size> in {os.path.join(self.folder, 'Annotations', self.names[index])}.xml"
+    image = read_image(self.image_name(index), size, field, resized, self.upright is not False)
     boxes = self.boxes[mine][objects].astype(np.float32)
     if resized: boxes = resized_boxes(boxes, size, resized)
     return Sample(image, boxes, self.labels[mine][objects], index + 1, size, resized or size)
@@ -75,7 +77,7 @@ class Voc:
     owners = np.repeat(np.arange(1, len(self) + 1), np.diff(self.offsets)).tolist()
     columns = zip(owners, self.boxes.tolist(), self.labels.tolist(), self.difficult.tolist())
     annotations = [{"id": a, "image_id": i, "category_id": self.category_ids[label], "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0), "iscrowd": int(difficult)}
+                    "area": (x1 - x0) * (y1 - y0), "iscrowd": 0, "difficult": int(difficult)}
                    for a, (i, (x0, y0, x1, y1), label, difficult) in enumerate(columns, 1)]
     return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]}
 

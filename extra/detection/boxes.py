@@ -22,10 +22,11 @@ def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
   return (center - half).cat(center + half, dim=-1)
 
 
-def clip(boxes: Tensor, height: float | Tensor, width: float | Tensor) -> Tensor:
-  """`boxes` [...,4] cut to the picture: x into [0, width], y into [0, height]; tensors must broadcast against [...]."""
+def clip(boxes: Tensor, bottom: float | Tensor, right: float | Tensor, top: float | Tensor = 0, left: float | Tensor = 0) -> Tensor:
+  """`boxes` [...,4] cut to the picture: x into [left, right], y into [top, bottom]; tensors must broadcast against [...]."""
   x1, y1, x2, y2 = (boxes[..., i] for i in range(4))
-  return Tensor.stack(*(v.maximum(0).minimum(limit) for v, limit in ((x1, width), (y1, height), (x2, width), (y2, height))), dim=-1)
+  limits = ((x1, left, right), (y1, top, bottom), (x2, left, right), (y2, top, bottom))
+  return Tensor.stack(*(v.maximum(low).minimum(high) for v, low, high in limits), dim=-1)
 
 
 def area(boxes: Tensor) -> Tensor:

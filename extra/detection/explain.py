@@ -64,24 +64,26 @@ def level_maps(method: str, activations: Sequence[np.ndarray], gradient: Sequenc
   return [METHODS[method](a, g) for a, g in zip(activations, gradient)], effects / (effects.sum() or 1)
 
 
-def resample(level_map: np.ndarray, stride: int, content_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def resample(level_map: np.ndarray, stride: int, content_size: tuple[int, int], size: tuple[int, int],
+             origin: tuple[int, int] = (0, 0)) -> np.ndarray:
   """A level's map [h,w] over the picture, [H,W] = `size`, bilinear, the edges held.
 
-  The picture fills `content_size` (height, width) of the network input, from the top left. Cell (i, j) belongs to pixel (stride * i, stride * j) of
-  that input: with its kernels and paddings that is the middle of what the cell sees, and where its anchors are, not the middle of a tile."""
-  def weights(cells: int, content: int, pixels: int) -> np.ndarray:
-    position = np.clip(((np.arange(pixels) + 0.5) * content / pixels - 0.5) / stride, 0, cells - 1)
+  The picture fills `content_size` (height, width) of the network input, from `origin` (row, column). Cell (i, j) belongs to pixel (stride * i,
+  stride * j) of that input: with its kernels and paddings that is the middle of what the cell sees, and where its anchors are, not the middle of a
+  tile."""
+  def weights(cells: int, content: int, pixels: int, start: int) -> np.ndarray:
+    position = np.clip(((np.arange(pixels) + 0.5) * content / pixels - 0.5 + start) / stride, 0, cells - 1)
     return np.maximum(1 - np.abs(position[:, None] - np.arange(cells)), 0).astype(np.float32)
-  rows, columns = (weights(*sides) for sides in zip(level_map.shape, content_size, size))
+  rows, columns = (weights(*sides) for sides in zip(level_map.shape, content_size, size, origin))
   return rows @ level_map.astype(np.float32) @ columns.T
 
 
 def combine(maps: Sequence[np.ndarray], shares: np.ndarray, strides: Sequence[int], content_size: tuple[int, int],
-            size: tuple[int, int]) -> np.ndarray:
+            size: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> np.ndarray:
   """f32 [levels,H,W], what each level adds to the map over the picture, which is their sum over axis 0 and has a maximum of 1 (or is all 0).
 
   Each level's map (see `level_maps` and `resample`) sums to its share in the score, be it sharp or blurred."""
-  parts = np.stack([resample(m, stride, content_size, size) for m, stride in zip(maps, strides)])
+  parts = np.stack([resample(m, stride, content_size, size, origin) for m, stride in zip(maps, strides)])
   parts *= (shares / np.maximum(parts.sum((1, 2), dtype=np.float64), 1e-30)).reshape(-1, 1, 1)
   return (parts / (parts.sum(0).max() or 1)).astype(np.float32)
 

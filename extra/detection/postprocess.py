@@ -7,6 +7,7 @@ Candidates rank by their float32 logit, the higher first, and equal logits by po
 never falls, so this ranks scores too, and a device's own rounding of `exp` cannot reorder them. -0.0 equals 0.0.
 """
 import functools, itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
@@ -16,6 +17,7 @@ CHUNK = 128              # keys counted together when compacting: longer chunks 
 DIGIT_BITS = 4           # bits of the k-th key found by one pass over all keys
 CROWDED = 5              # classes of an anchor above the threshold, on average, from where the host looks for a level's best anchors first
 SUPPRESS_STEPS = 8       # NMS iterations between two looks at convergence from the host
+MOST_ON_DEVICE = 5000    # candidates of a picture there: each is compared with each
 
 
 @dataclass
@@ -28,48 +30,65 @@ class Detections:
   anchors: np.ndarray | None = None  # i32 [B,D], the row of the head outputs that each came from; -1 where padded
 
 
-def detect(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, level_sizes: list[int], sizes: np.ndarray, *, score_threshold: float = 0.05,
-           topk: int = 1000, nms_threshold: float = 0.5, max_detections: int = 300, on_host: bool | None = None) -> Detections:
-  """Detections of a batch from the head outputs (torchvision `RetinaNet.postprocess_detections`).
+def select(logits: Tensor, boxes: Tensor, anchors: Tensor | None, level_sizes: Sequence[int], sizes: np.ndarray, *, origins: np.ndarray | None = None,
+           score_threshold: float = 0.05, topk: int = 1000, nms_threshold: float = 0.5, max_detections: int = 300, agnostic: bool = False,
+           sigmoid: bool = True, clip: bool = True, on_host: bool | None = None) -> Detections:
+  """Detections of a batch from the outputs of a head (torchvision `RetinaNet.postprocess_detections`).
 
   An image's candidates are, of each pyramid level, the best `topk` (anchor, class) pairs whose float32 score exceeds `score_threshold`. Their boxes
   are decoded and clipped to the picture; a box that overlaps a better one of its class with an IoU above `nms_threshold` goes; the best
   `max_detections` stay. Boxes that clipping left without area overlap nothing.
 
   Args:
-    cls_logits: float [B,A,K], class scores before the sigmoid; on any device, or sharded on axis 0.
-    bbox_regression: float [B,A,4], deltas; placed as `cls_logits`.
-    anchors: f32 [A,4] xyxy in pixels of the network input, levels one after the other.
+    logits: float [B,A,K], class scores before the sigmoid, or without `sigmoid` the scores themselves; on any device, or sharded on axis 0.
+    boxes: float [B,A,4], xyxy in pixels of the network input, or deltas of `anchors`; placed as `logits`.
+    anchors: f32 [A,4] xyxy in pixels of the network input, levels one after the other; None where `boxes` need no decoding.
     level_sizes: anchors of each level; they sum to A.
     sizes: int [B,2], height and width of the picture inside the padded canvas.
+    origins: int [B,2], row and column of its top left corner there; by default the canvas's.
+    nms_threshold: 1 or more keeps all.
+    agnostic: a box suppresses those of other classes too.
+    clip: cut boxes to the picture before they are compared.
+    topk: on a device at most MOST_ON_DEVICE of all levels together.
     on_host: True for the numpy form, False for the device form; by default numpy where the device is the CPU.
   """
-  assert sum(level_sizes) == cls_logits.shape[1] == anchors.shape[0], f"{level_sizes=} do not sum to the {cls_logits.shape[1]} anchors"
-  device = cls_logits.device
+  assert sum(level_sizes) == logits.shape[1], f"{level_sizes=} do not sum to the {logits.shape[1]} anchors"
+  device = logits.device
   if on_host is None: on_host = (device if isinstance(device, str) else device[0]).startswith("CPU")
-  rejected = highest_rejected_logit(score_threshold)
+  rejected = highest_rejected_logit(score_threshold) if sigmoid else float(np.float32(score_threshold))
+  corners = np.zeros_like(sizes) if origins is None else np.asarray(origins)
+  windows = np.concatenate([corners, corners + sizes], 1).astype(np.float32)   # top, left, bottom, right
+  if not clip: windows[:] = np.float32([-np.inf, -np.inf, np.inf, np.inf])
   if on_host:
-    outputs = [t.float().contiguous().realize() for t in (cls_logits, bbox_regression)]
-    (logits, deltas), anchors = map(_values, outputs), anchors.numpy()
-    found = [_detect_on_host(l, d, anchors, level_sizes, s, rejected, topk, nms_threshold, max_detections) for l, d, s in zip(logits, deltas, sizes)]
-    return _pad(*zip(*found), max_detections)
-  candidates, suppress = _graphs(tuple(level_sizes), cls_logits.shape, cls_logits.dtype, bbox_regression.dtype, device, rejected, topk, nms_threshold,
-                                 max_detections)
-  pictures = Tensor(np.asarray(sizes, np.float32)).shard_like(cls_logits)
-  *state, keep = candidates(cls_logits.contiguous(), bbox_regression.contiguous(), anchors.to(device).contiguous(), pictures)
+    values, raw = (_values(t.float().contiguous().realize()) for t in (logits, boxes))
+    places = None if anchors is None else anchors.numpy()
+    found = [_detect_on_host(v, r, places, level_sizes, w, rejected, topk, nms_threshold, max_detections, agnostic)
+             for v, r, w in zip(values, raw, windows)]
+    return _pad(*zip(*found), max_detections, sigmoid)
+  topk = min(topk, MOST_ON_DEVICE // len(level_sizes))
+  candidates, suppress = _graphs(tuple(level_sizes), logits.shape, logits.dtype, boxes.dtype, device, anchors is None, rejected, topk, nms_threshold,
+                                 max_detections, agnostic)
+  pictures = Tensor(windows).shard_like(logits)
+  placed = [] if anchors is None else [anchors.to(device).contiguous()]
+  *state, keep = candidates(logits.contiguous(), boxes.contiguous(), pictures, *placed)
   while True:
     keep, converged, *result = suppress(*state, keep)
     if converged.numpy().all(): break
   *parts, counts = (t.numpy() for t in result)
-  return _pad(*([x[:n] for x, n in zip(part, counts)] for part in parts), max_detections)
+  return _pad(*([x[:n] for x, n in zip(part, counts)] for part in parts), max_detections, sigmoid)
 
 
-def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray) -> Detections:
+def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray, origins: np.ndarray | None = None) -> Detections:
   """`detections` with boxes in pixels of the original pictures.
 
-  `sizes` int [B,2] are the heights and widths of the pictures inside the network input, `original_sizes` int [B,2] those of their files."""
+  `sizes` int [B,2] are the heights and widths of the pictures inside the network input, `origins` int [B,2] the rows and columns of their top left
+  corners there (by default 0), `original_sizes` int [B,2] the heights and widths of their files."""
   ratio = np.asarray(original_sizes, np.float32) / np.asarray(sizes, np.float32)
-  return replace(detections, boxes=detections.boxes * ratio[:, None, [1, 0, 1, 0]])
+  boxes = detections.boxes
+  if origins is not None and np.any(origins):
+    there = detections.labels >= 0   # padding stays 0
+    boxes = np.where(there[..., None], boxes - np.asarray(origins, np.float32)[:, None, [1, 0, 1, 0]], 0)
+  return replace(detections, boxes=boxes * ratio[:, None, [1, 0, 1, 0]])
 
 
 @functools.cache
@@ -98,12 +117,14 @@ def _scores(logits: np.ndarray) -> np.ndarray:
   with np.errstate(over="ignore"): return (1 / (1 + np.exp(-np.float64(logits)))).astype(np.float32)
 
 
-def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndarray], anchors: list[np.ndarray], max_detections: int) -> Detections:
+def _pad(boxes: list[np.ndarray], logits: list[np.ndarray], labels: list[np.ndarray], anchors: list[np.ndarray], max_detections: int,
+         sigmoid: bool) -> Detections:
   counts = np.array([len(x) for x in logits], np.int32)
   padded = Detections(np.zeros((len(counts), max_detections, 4), np.float32), np.zeros((len(counts), max_detections), np.float32),
                       np.full((len(counts), max_detections), -1, np.int32), counts, np.full((len(counts), max_detections), -1, np.int32))
   for i, n in enumerate(counts):
-    padded.boxes[i, :n], padded.scores[i, :n], padded.labels[i, :n], padded.anchors[i, :n] = boxes[i], _scores(logits[i]), labels[i], anchors[i]
+    padded.boxes[i, :n], padded.labels[i, :n], padded.anchors[i, :n] = boxes[i], labels[i], anchors[i]
+    padded.scores[i, :n] = _scores(logits[i]) if sigmoid else logits[i]
   return padded
 
 
@@ -115,9 +136,10 @@ def _values(tensor: Tensor) -> np.ndarray:
   return np.frombuffer(tensor.uop.buffer.as_memoryview(allow_zero_copy=True), np.float32).reshape(tensor.shape)
 
 
-def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, level_sizes: list[int], size: np.ndarray, rejected: float, topk: int,
-                    nms_threshold: float, max_detections: int) -> tuple[np.ndarray, ...]:
-  """One image: boxes [n,4], logits [n], labels [n] and anchors [n] of its detections. `logits` [A,K], `deltas` [A,4], `size` (height, width)."""
+def _detect_on_host(logits: np.ndarray, raw: np.ndarray, anchors: np.ndarray | None, level_sizes: Sequence[int], window: np.ndarray, rejected: float,
+                    topk: int, nms_threshold: float, max_detections: int, agnostic: bool) -> tuple[np.ndarray, ...]:
+  """One image: boxes [n,4], logits [n], labels [n] and anchors [n] of its detections. `logits` [A,K], `raw` [A,4], `window` (top, left, bottom,
+  right)."""
   num_classes, start, found = logits.shape[1], 0, []
   for n in level_sizes:
     level = logits[start:start + n].reshape(-1)
@@ -132,8 +154,8 @@ def _detect_on_host(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray,
   index = np.concatenate(found)
   index = index[np.argsort(-logits.reshape(-1)[index], kind="stable")]
   anchor, labels = index // num_classes, index % num_classes
-  boxes = _decode_and_clip(deltas[anchor], anchors[anchor], size)
-  keep = _nms(boxes, labels, nms_threshold, max_detections)
+  boxes = _decode_and_clip(raw[anchor], None if anchors is None else anchors[anchor], window)
+  keep = _nms(boxes, labels * (not agnostic), nms_threshold, max_detections)
   return boxes[keep], logits.reshape(-1)[index[keep]], labels[keep], anchor[keep]
 
 
@@ -146,13 +168,14 @@ def _largest(x: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
   return candidates[np.sort(np.concatenate([better, equal[:k - len(better)]]))]
 
 
-def _decode_and_clip(deltas: np.ndarray, anchors: np.ndarray, size: np.ndarray) -> np.ndarray:
-  """numpy twin of `boxes.decode` and `boxes.clip`."""
-  anchor_size = anchors[:, 2:] - anchors[:, :2]
-  center = deltas[:, :2] * anchor_size + (anchors[:, :2] + np.float32(0.5) * anchor_size)
-  half = np.exp(np.minimum(deltas[:, 2:], np.float32(box_ops.MAX_LOG_SCALE))) * anchor_size * np.float32(0.5)
-  height, width = np.float32(size)
-  return np.minimum(np.maximum(np.concatenate([center - half, center + half], 1), 0), np.array([width, height, width, height], np.float32))
+def _decode_and_clip(raw: np.ndarray, anchors: np.ndarray | None, window: np.ndarray) -> np.ndarray:
+  """numpy twin of `boxes.decode` and `boxes.clip`; `window` f32 (top, left, bottom, right)."""
+  if anchors is not None:
+    anchor_size = anchors[:, 2:] - anchors[:, :2]
+    center = raw[:, :2] * anchor_size + (anchors[:, :2] + np.float32(0.5) * anchor_size)
+    half = np.exp(np.minimum(raw[:, 2:], np.float32(box_ops.MAX_LOG_SCALE))) * anchor_size * np.float32(0.5)
+    raw = np.concatenate([center - half, center + half], 1)
+  return np.minimum(np.maximum(raw, window[[1, 0, 1, 0]]), window[[3, 2, 3, 2]])
 
 
 def _nms(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) -> np.ndarray:
@@ -177,18 +200,19 @@ def _nms(boxes: np.ndarray, labels: np.ndarray, threshold: float, limit: int) ->
 # ---- device form
 
 @functools.lru_cache(maxsize=32)
-def _graphs(level_sizes: tuple[int, ...], shape: tuple[int, int, int], logits_dtype: object, deltas_dtype: object, device: str | tuple[str, ...],
-            rejected: float, topk: int, nms_threshold: float, max_detections: int) -> tuple[TinyJit, TinyJit]:
+def _graphs(level_sizes: tuple[int, ...], shape: tuple[int, int, int], logits_dtype: object, boxes_dtype: object, device: str | tuple[str, ...],
+            decoded: bool, rejected: float, topk: int, nms_threshold: float, max_detections: int, agnostic: bool) -> tuple[TinyJit, TinyJit]:
   """Captured graphs of `_candidates` and `_suppress`; the arguments are all that shapes them."""
-  candidates = TinyJit(functools.partial(_candidates, level_sizes=level_sizes, rejected=rejected, topk=topk, nms_threshold=nms_threshold))
+  candidates = TinyJit(functools.partial(_candidates, level_sizes=level_sizes, rejected=rejected, topk=topk, nms_threshold=nms_threshold,
+                                         agnostic=agnostic))
   suppress = TinyJit(functools.partial(_suppress, max_detections=max_detections))
   candidates.cnt = suppress.cnt = 1  # capture on the first call: every input is realized, so there is nothing to warm up
   return candidates, suppress
 
 
-def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, sizes: Tensor, *, level_sizes: tuple[int, ...], rejected: float,
-                topk: int, nms_threshold: float) -> tuple[Tensor, ...]:
-  """All images' candidates, best first, N = levels * topk rounded up to whole words of 32.
+def _candidates(cls_logits: Tensor, raw: Tensor, windows: Tensor, anchors: Tensor | None = None, *, level_sizes: tuple[int, ...], rejected: float,
+                topk: int, nms_threshold: float, agnostic: bool) -> tuple[Tensor, ...]:
+  """All images' candidates, best first, N = levels * topk rounded up to whole words of 32. `windows` f32 [B,4] are top, left, bottom, right.
 
   Returns boxes f32 [B,N,4], logits f32 [B,N], labels i32 [B,N] (-1: no candidate), anchors i32 [B,N], suppressors u32 [B,N,N/32] (bit j of row i: j
   suppresses i if j is kept) and keep bool [B,N], where NMS starts: all of them."""
@@ -217,10 +241,11 @@ def _candidates(cls_logits: Tensor, bbox_regression: Tensor, anchors: Tensor, si
   valid = (key > 0).contiguous()
 
   index = anchor.unsqueeze(-1).expand(B, N, 4)
-  boxes = box_ops.decode(bbox_regression.float().gather(1, index), anchors.float().unsqueeze(0).expand(B, A, 4).gather(1, index))
-  boxes = box_ops.clip(boxes, sizes[:, 0:1], sizes[:, 1:2]).contiguous()
-  suppresses = (box_ops.iou(boxes, boxes) > nms_threshold) & (label.unsqueeze(2) == label.unsqueeze(1)) & \
-               (position.reshape(1, 1, N) < position.reshape(1, N, 1))
+  boxes = raw.float().gather(1, index)
+  if anchors is not None: boxes = box_ops.decode(boxes, anchors.float().unsqueeze(0).expand(B, A, 4).gather(1, index))
+  boxes = box_ops.clip(boxes, *(windows[:, side:side + 1] for side in (2, 3, 0, 1))).contiguous()
+  suppresses = (box_ops.iou(boxes, boxes) > nms_threshold) & (position.reshape(1, 1, N) < position.reshape(1, N, 1))
+  if not agnostic: suppresses = suppresses & (label.unsqueeze(2) == label.unsqueeze(1))
   magnitude = key.bitwise_xor(1 << 31).bitcast(dtypes.int32)
   score_logits = (magnitude < 0).where(-(-magnitude).bitcast(dtypes.float32), magnitude.bitcast(dtypes.float32))
   return boxes, score_logits.contiguous(), valid.where(label, -1).contiguous(), anchor, _pack(suppresses).contiguous(), valid

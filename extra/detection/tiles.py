@@ -27,15 +27,15 @@ def merge(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, window: np.
 
   Args: boxes f32 [N,4] xyxy, scores f32 [N] and labels i32 [N] from all windows, in pixels of the picture; window [N,4] xyxy, where each was found.
 
-  Class-wise NMS, in which a box that an inner border of its window cuts is compared with another as that window would have cut the other. Where they
-  are the same by that, the whole box takes the place of the cut one, and two cut ones become the box around both; the higher score stays. A cut box
-  that lies for the most part in a better whole one goes too. So a box cut by a border leaves only where another shows that it is a part, and an
-  object larger than a tile is put together from its parts."""
+  Class-wise NMS of the boxes that no inner border of their window cuts; then of the cut ones, each compared with another as its window would have
+  cut that. One that is the same as a kept box by that, or lies for the most part in a better whole one, goes; what it is the same as gets the higher
+  score of the two, and two cut ones become the box around both. So a box cut by a border leaves only where another shows that it is a part, an
+  object larger than a tile is put together from its parts, and parts of two objects are not taken for one where either is seen whole."""
   window, picture = np.asarray(window, np.float64), np.array([0, 0, width, height])
   sides = np.tile(window[:, 2:] - window[:, :2], 2)
   cut = (window != picture) & (np.abs(boxes - window) <= NEAR * sides)
   limits = np.where(cut, window, NOWHERE)   # where a box is cut; infinite where it is not
-  order = np.argsort(-scores, kind="stable")
+  order = np.lexsort((-scores, cut.any(1)))
   boxes, scores, labels, limits = boxes[order].astype(np.float64), scores[order].copy(), labels[order], limits[order]
   keep = np.zeros(len(boxes), bool)
   for label in np.unique(labels):
@@ -43,17 +43,19 @@ def merge(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, window: np.
     for n, i in enumerate(mine):
       while True:
         kept, is_cut = mine[:n][keep[mine[:n]]], np.isfinite(limits[i]).any()
-        same = _iou(_clip(boxes[i], limits[kept]), _clip(boxes[kept], limits[i])) > nms_threshold
-        part = is_cut & (_shared(boxes[i:i + 1], boxes[kept]) > 0.5 * (boxes[i, 2:] - boxes[i, :2]).prod())
-        if (np.isinf(limits[kept]).all(1) & (same | part)).any(): break
+        overlap, whole = _iou(_clip(boxes[i], limits[kept]), _clip(boxes[kept], limits[i])), np.isinf(limits[kept]).all(1)
+        same = overlap > nms_threshold
+        part = is_cut & (_shared(boxes[i:i + 1], boxes[kept]) > 0.5 * (boxes[i, 2:] - boxes[i, :2]).prod()) & (scores[kept] >= scores[i])
+        if (whole & (same | part)).any():
+          if (whole & same).any(): scores[best] = max(scores[best := kept[np.where(whole, overlap, -1).argmax()]], scores[i])
+          break
         if not same.any():
           keep[i] = True
           break
         group = np.concatenate([[i], kept[same]])
         keep[group], scores[i] = False, scores[group].max()
-        if is_cut:
-          outermost, axes = np.concatenate([boxes[group, :2].argmin(0), boxes[group, 2:].argmax(0)]), np.arange(4)
-          boxes[i], limits[i] = boxes[group[outermost], axes], limits[group[outermost], axes]
+        outermost, axes = np.concatenate([boxes[group, :2].argmin(0), boxes[group, 2:].argmax(0)]), np.arange(4)
+        boxes[i], limits[i] = boxes[group[outermost], axes], limits[group[outermost], axes]
   kept = np.flatnonzero(keep)
   kept = kept[np.argsort(-scores[kept], kind="stable")]
   return boxes[kept].astype(np.float32), scores[kept], labels[kept]

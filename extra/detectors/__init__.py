@@ -1,0 +1,88 @@
+"""Detectors by name, and which one a file of weights belongs to. `Detector` is what every program asks of one; a family is a module here with
+`NAMES`, `build(name, num_classes, **options)` and `recognise(shapes)`."""
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from tinydet import models
+from tinydet.detectors import retinanet, yolo
+from tinydet.detectors.detector import Detector, Predicted, Preprocessing
+from tinydet.errors import UserError
+from tinydet.weights import weights
+
+__all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "build", "known_names", "open_detector", "recognise", "start"]
+FAMILIES = [retinanet, yolo]
+
+
+def known_names() -> list[str]:
+  """All names that `build` takes."""
+  return [name for family in FAMILIES for name in family.NAMES]
+
+
+def build(name: str, num_classes: int, **options: Any) -> Detector:
+  """The detector `name` with fresh weights; options are its family's. Its `network` is what `get_state_dict` takes, its `predict(images)` gives all
+  candidates. ValueError for a name that no family knows."""
+  for family in FAMILIES:
+    if name in family.NAMES: return family.build(name, num_classes, **options)
+  close = difflib.get_close_matches(name, known_names(), 3)
+  raise ValueError(f"{name!r} is no detector" + (f"; did you mean {', '.join(close)}?" if close else f": choose from {', '.join(known_names())}"))
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str, Any]] | None:
+  """Name, number of classes and options for `build` of the detector whose tensors have these names and shapes; None where there is none."""
+  return next((found for family in FAMILIES if (found := family.recognise(shapes)) is not None), None)
+
+
+def published_name(weights_name: str, variant: str = "v1") -> str:
+  """The detector that a published name of weights stands for; `variant` is which of torchvision's two "coco" is."""
+  if weights_name in known_names(): return weights_name
+  return f"retinanet_{'resnext50_32x4d' if weights_name == 'mlperf' else 'resnet50'}_fpn" + "_v2" * (variant == "v2")
+
+
+def open_detector(name: str, variant: str = "v1", class_names: Sequence[str] | None = None) -> tuple[Detector, dict[str, Any], list[str]]:
+  """A detector ready to use from `--weights name`, which of a file needs no more than its tensors: `(detector, about, notes)`.
+
+  `variant` is which of torchvision's two networks "coco" is. With `class_names` the detector has just these classes in this order, matched to its own
+  by name where it knows them; a class that it never learnt is never found. `about` holds what the file says of itself, and "model" (builder name),
+  "num_classes", "weights" (the file) and, where known, "class_names", "category_ids", "size" [width, height], "max_size", "mAP". UserError where it
+  is no detector of this project."""
+  path, tensors, about, notes = weights.open_weights(name, published_name(name, variant))
+  shapes = {k: t.shape for k, t in tensors.items()}
+  if (found := recognise(shapes)) is None:
+    kind = models.recognise(shapes)
+    what = f"is a classifier, {kind}" if kind else f"is no detector of this project, its first tensors are {weights.some(sorted(shapes))}"
+    raise UserError(f"{path}: {what}; give the weights of a detector")
+  detector = build(found[0], found[1], **found[2])
+  notes += weights.fit(detector.network, tensors, path)
+  detector.assume(about)
+  about |= {"weights": str(path)}
+  if detector.usual_size is not None: about.setdefault("size", list(detector.usual_size))
+  if detector.class_names is not None: about.setdefault("class_names", detector.class_names)
+  if class_names is not None:
+    labels = _labels(path, class_names, about.get("class_names"), detector.num_classes)
+    if unknown := [n for n, label in zip(class_names, labels) if label is None]:
+      notes.append(f"{path.name}: never learnt {weights.some(unknown)}: not to be found")
+    about |= {"class_names": list(class_names), "category_ids": None}
+    detector.choose(labels)
+  return detector, about | detector.about(), notes
+
+
+def start(detector: Detector, name: str, class_names: Sequence[str]) -> list[str]:
+  """Let `detector`, for `class_names`, begin with `--weights name`, a detector's or its backbone's; returns notes for the user. A class that the file
+  knows by name keeps its logits, another one's start anew. UserError where the file does not fit."""
+  path, tensors, about, notes = weights.open_weights(name, detector.name)
+  shapes = {k: t.shape for k, t in tensors.items()}
+  known = about.get("class_names")
+  if recognise(shapes) is not None: detector.assume(about)
+  return notes + weights.fit(detector.network, tensors, path, list(class_names), list(known) if known else None)
+
+
+def _labels(path: Path, wanted: Sequence[str], known: Sequence[str] | None, num_classes: int) -> list[int | None]:
+  """A detector's own label of each class in `wanted`."""
+  if known is None:
+    if len(wanted) == num_classes: return list(range(num_classes))
+    raise UserError(f"{path}: has {num_classes} classes, does not say which, and the data has {len(wanted)}")
+  found = weights.match_names(wanted, known)
+  if not any(label is not None for label in found):
+    raise UserError(f"{path}: knows {weights.some(known)}, and none of the data's {weights.some(wanted)}")
+  return found

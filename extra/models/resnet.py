@@ -55,6 +55,11 @@ class ResNet:
       setattr(self, f"layer{i + 1}", stage)
     if num_classes is not None: self.fc = Linear(self.channels[3], num_classes)
 
+  @property
+  def class_rows(self) -> dict[str, tuple[int, int]]:
+    """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
+    return {"fc.weight": (1, 0), "fc.bias": (1, 0)} if hasattr(self, "fc") else {}
+
   def features(self, x: Tensor) -> list[Tensor]:
     """C2..C5: [B,channels[i],H/4,W/4] down to [B,channels[3],H/32,W/32], sides rounded up."""
     x = max_pool(self.bn1(self.conv1(x)).contiguous().relu())

@@ -1,7 +1,6 @@
 """RetinaNet (Lin et al. 2017): backbone, feature pyramid, and two heads shared by all levels, with torchvision's `state_dict` keys."""
 import math, re
 from collections.abc import Mapping
-import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_parameters
 from tinydet.models import fpn, resnet
@@ -48,9 +47,16 @@ class RetinaNet:
   """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), both f32, anchors in the order of `tinydet.detection.anchors`."""
   def __init__(self, body: resnet.ResNet, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
                head_norm: str | None = None):
-    self.num_classes = num_classes
+    self.num_classes, self.num_anchors = num_classes, num_anchors
     self.backbone = _Backbone(body, channels, p6_from)
     self.head = _Heads(channels, num_classes, num_anchors, head_norm)
+
+  body = "backbone.body."   # how the names of the classifier's tensors begin here
+
+  @property
+  def class_rows(self) -> dict[str, tuple[int, int]]:
+    """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
+    return {f"head.classification_head.cls_logits.{part}": (self.num_anchors, 0) for part in ("weight", "bias")}
 
   def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
     levels = self.backbone.fpn(self.backbone.body.features(x)[1:])
@@ -81,16 +87,6 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
   if backbone is None or p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
   return f"retinanet_{backbone}_fpn" + "_v2" * (p6[0] != p6[1])
-
-
-def select_classes(tensors: Mapping[str, np.ndarray], labels: list[int | None]) -> dict[str, np.ndarray]:
-  """The weights of a detector whose class i is class `labels[i]` of the one with `tensors`, or one that nothing is ever taken for (None)."""
-  chosen, num_anchors = dict(tensors), tensors["head.regression_head.bbox_reg.weight"].shape[0] // 4
-  for part, nothing in (("weight", 0.0), ("bias", -100.0)):
-    rows = (values := tensors[key := f"head.classification_head.cls_logits.{part}"]).reshape(num_anchors, -1, *values.shape[1:])
-    picked = [np.full_like(rows[:, 0], nothing) if label is None else rows[:, label] for label in labels]
-    chosen[key] = np.stack(picked, 1).reshape(-1, *values.shape[1:])
-  return chosen
 
 
 def init_rule(key: str, shape: tuple[int, ...]) -> init.Draw:

@@ -43,14 +43,14 @@ def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: i
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1,
-           dtype: DType | None = None) -> Tensor:
+           dtype: DType | None = None, silu: bool = False) -> Tensor:
   """2-D convolution, the same numbers as `Tensor.conv2d` and the same gradients up to the order of summation.
 
   Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW], of one dtype; `bias` [Cout] or None, of that dtype or float32. Returns [B,Cout,OH,OW] of
-  `dtype`, by default that of `x`; the bias is added before rounding to it. Sides are cropped as torch crops them: what a stride does not reach gets
-  gradient 0. Needs padding < kernel size."""
+  `dtype`, by default that of `x`; the bias is added before rounding to it, and with `silu` x / (1 + exp(-x)) taken of each number. Sides are cropped
+  as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
   if conv_cpu.fits(x, weight):
-    return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups).cast(dtype or x.dtype)
+    return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups, silu).cast(dtype or x.dtype)
   size = x.shape[2:]
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
@@ -61,4 +61,5 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 
   def forward(x: Tensor, weight: Tensor) -> Tensor: return x.conv2d(weight.contiguous(), groups=groups, stride=stride, padding=padding)
   out = function(forward, grad_fxn=gradient)(x, weight)
-  return (out if bias is None else out + bias.reshape(1, -1, 1, 1)).cast(dtype or x.dtype)
+  if bias is not None: out = out + bias.reshape(1, -1, 1, 1)
+  return (out * out.sigmoid() if silu else out).cast(dtype or x.dtype)

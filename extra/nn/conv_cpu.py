@@ -64,11 +64,17 @@ void NAME(float *restrict out, const float *restrict x, const float *restrict we
         UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] += a[v] * w[taps[t].w + d * W_OUT];
       }
     float *to = out + (((b * GROUPS + group) * OUT + o) * PHASES + phase) * PLANE;
+    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
     if (WIDTH == PITCH) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++)
       *(vector *)(to + (long)d * PHASES * PLANE + at[v]) = sum[d][v];
-    else UNROLLED (int v = 0; v < ACROSS; v++) for (int l = 0; l < LANES; l++) {
-      const long row = (at[v] + l) / PITCH, column = (at[v] + l) % PITCH;
-      if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PHASES * PLANE + row * WIDTH + column] = sum[d][v][l];
+    else UNROLLED (int v = 0; v < ACROSS; v++) {
+      long row = at[v] / PITCH, column = at[v] % PITCH;
+      if (column + LANES <= WIDTH) UNROLLED (int d = 0; d < DOWN; d++)   // most lie in one row
+        *(vector *)(to + (long)d * PHASES * PLANE + row * WIDTH + column) = sum[d][v];
+      else for (int l = 0; l < LANES; l++) {
+        if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PHASES * PLANE + row * WIDTH + column] = sum[d][v][l];
+        if (++column == PITCH) { column = 0; row++; }
+      }
     }
   }
 }
@@ -121,6 +127,22 @@ WITHOUT_BIAS = """
 #define BIAS(channel) 0
 """
 
+LINEAR = """
+#define ACTIVATED(x) x
+"""
+# 2^y as 2^whole * 2^part, the latter, of a number within a half of 0, as seven terms of its series
+SILU = """
+typedef int whole __attribute__((vector_size(4 * LANES), aligned(4)));
+static inline vector silu(vector x) {
+  vector y = __builtin_elementwise_max(__builtin_elementwise_min(x * -1.44269504f, (vector){0} + 126), (vector){0} - 126);
+  whole n = __builtin_convertvector(y + 127.5f, whole) - 127;
+  y -= __builtin_convertvector(n, vector);
+  vector part = ((((((y * 1.5403530e-4f + 1.3333558e-3f) * y + 9.6181291e-3f) * y + 5.5504109e-2f) * y + 0.24022651f) * y + 0.69314718f) * y + 1);
+  return x / (1 + part * (vector)((n + 127) << 23));
+}
+#define ACTIVATED(x) silu(x)
+"""
+
 Taps = list[list[tuple[int, int]]]   # of each phase: (step in the input, place in the weight)
 
 
@@ -159,8 +181,9 @@ def _run(make: Callable[..., Tensor], *tensors: Tensor, gradient: Callable | Non
   return function(make, precompile=True, grad_fxn=gradient)(*flat).contiguous()   # without which it is run at each use
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int) -> Tensor:
-  """2-D convolution in float32, with its gradients: x [B,Cin,H,W], weight [Cout,Cin/groups,KH,KW], bias [Cout] -> [B,Cout,OH,OW].
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int, silu: bool = False) -> Tensor:
+  """2-D convolution in float32, with its gradients: x [B,Cin,H,W], weight [Cout,Cin/groups,KH,KW], bias [Cout] -> [B,Cout,OH,OW], with `silu` through
+  SiLU, which costs nothing where a number is in a register anyway. On the way back the convolution is then run once more.
 
   For tensors that `fits` takes."""
   (batch, channels, *size), (out_channels, per_group, *kernel) = x.shape, weight.shape
@@ -175,8 +198,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   one_way = common | {"COUNT": (out_size[0] - 1) * pitch + out_size[1], "IN": per_group, "OUT": out_channels // groups,
                       "X_PLANE": math.prod(phases) * rows * pitch}
 
-  def forward(*tensors: Tensor) -> Tensor:
-    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + CORRELATE
+  def forward(*tensors: Tensor, silu: bool = silu) -> Tensor:
+    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + CORRELATE
     sizes = {"PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": per_group * len(places), "W_IN": len(places)}
     return _kernel("conv", code, batch * out_channels * math.prod(out_size), products, x_taps, tensors, one_way | sizes)
 
@@ -192,15 +215,19 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     sizes = {"COUNT": (in_rows - 1) * pitch + in_columns, "IN": out_channels // groups, "OUT": per_group, "X_PLANE": g_rows * pitch,
              "PLANE": in_rows * in_columns, "WIDTH": in_columns, "W_OUT": len(places), "W_IN": per_group * len(places)}
     size = batch * channels * len(taps) * in_rows * in_columns
-    return _kernel("conv_input_gradient", WITHOUT_BIAS + CORRELATE, size, products, taps, (grad, weight), common | sizes)
+    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     sizes = {"G_PLANE": g_rows * pitch, "G_START": top * pitch}
     return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, x_taps, (x, grad), one_way | sizes)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
-    x, flat_weight = (Tensor(u) for u in call.src[1:3])
-    g = Tensor(grad).reshape(batch, out_channels, *out_size)
+    x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + (bias is not None)])
+    g = Tensor(grad)
+    if silu:
+      before = _run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
+      g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
+    g = g.reshape(batch, out_channels, *out_size)
     g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1]))).reshape(-1).contiguous()
     of_x = _run(input_gradient, g, flat_weight).reshape(batch, channels, *phases, in_rows, in_columns)
     of_x = of_x.pad(((0, 0),) * 4 + ((inside, inside),) * 2).reshape(-1)

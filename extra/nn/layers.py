@@ -14,9 +14,9 @@ class Conv2d:
     self.weight = Tensor.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
     self.bias = Tensor.empty(out_channels) if bias else None
 
-  def __call__(self, x: Tensor) -> Tensor:
+  def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
     # The bias stays float32, and so its gradient, a sum over all pixels that half precision may not hold.
-    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype)
+    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype, silu)
 
 
 class Linear:
@@ -32,6 +32,36 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
   # `scale` is taken once a channel and not once a pixel.
   scale, shift = scale.contiguous(), shift.contiguous()
   return (x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).cast(x.dtype)
+
+
+class ConvTranspose2x2:
+  """A transposed convolution of kernel and stride 2: x [B,Cin,h,w] -> [B,Cout,2h,2w] with weight [Cin,Cout,2,2] and bias [Cout] (torch
+  `ConvTranspose2d`). As windows do not overlap it is a 1x1 convolution to four times the channels, which are then woven into the picture."""
+  def __init__(self, in_channels: int, out_channels: int):
+    self.weight, self.bias = Tensor.empty(in_channels, out_channels, 2, 2), Tensor.empty(out_channels)
+
+  def __call__(self, x: Tensor) -> Tensor:
+    (batch, _, height, width), (channels, out_channels, *_) = x.shape, self.weight.shape
+    weight = self.weight.cast(x.dtype).permute(1, 2, 3, 0).reshape(out_channels * 4, channels, 1, 1)
+    out = conv2d(x, weight).reshape(batch, out_channels, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+    return (out.reshape(batch, out_channels, 2 * height, 2 * width) + self.bias.reshape(1, -1, 1, 1)).cast(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+  """x / (1 + exp(-x)) (Elfwing et al. 2017)."""
+  return x * x.sigmoid()
+
+
+def mish(x: Tensor) -> Tensor:
+  """x tanh(ln(1 + exp(x))) (Misra 2019). With e = exp(x) the tangent is n / (n + 2), n = e (e + 2), and 1 in float32 from 20 on."""
+  e = x.minimum(20).exp()
+  n = e * (e + 2)
+  return x * (n / (n + 2))
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+  """x, or 0.1 x where that is negative (darknet "leaky")."""
+  return (x > 0).where(x, 0.1 * x)
 
 
 class FrozenBatchNorm:

@@ -1,5 +1,5 @@
 """Pictures at half and at twice the size: max pooling that carries its own gradient, and the nearest neighbour."""
-import math
+import functools, math
 from tinygrad import Tensor, UOp, function
 
 
@@ -34,6 +34,52 @@ def max_pool(x: Tensor) -> Tensor:
 
   out = function(forward, grad_fxn=gradient)(x).contiguous()
   return out
+
+
+def max_pool_same(x: Tensor, size: int) -> Tensor:
+  """[B,C,H,W] -> the same shape: the largest of the `size` x `size` window (odd) around each pixel; outside the picture there is nothing.
+
+  First along rows, then along columns: 2 `size` comparisons in place of their product. Of equal ones in a row or column each has its share of the
+  gradient."""
+  return _windows(_windows(x, 2, size // 2, size - 1 - size // 2), 3, size // 2, size - 1 - size // 2)
+
+
+def max_pool_2x2(x: Tensor, stride: int = 2) -> Tensor:
+  """The largest of 2x2 pixels: [B,C,H,W] of even sides -> [B,C,H/2,W/2], or with `stride` 1 the same shape, where a window that reaches over the
+  right or lower edge sees nothing there (darknet pads with -FLT_MAX)."""
+  b, c, h, w = x.shape
+  if stride == 2: return x.reshape(b, c, h // 2, 2, w // 2, 2).max((3, 5)).contiguous()
+  return _windows(_windows(x, 2, 0, 1), 3, 0, 1)
+
+
+def _windows(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+  """The largest of each element, the `before` in front of it and the `after` behind it along `axis`.
+
+  With a gradient of its own: that of a chain of comparisons, as tinygrad derives it, takes a minute to schedule for three pools in a row."""
+  length = x.shape[axis]
+  def views(x: Tensor, before: int, after: int, value: float) -> list[Tensor]:
+    """What lies `before` places in front of each element, and so on until `after` places behind it."""
+    padded = x.pad(tuple((before, after) if d == axis else None for d in range(x.ndim)), value=value)
+    return [padded.shrink(tuple((i, i + length) if d == axis else None for d in range(x.ndim))) for i in range(before + after + 1)]
+
+  def forward(x: Tensor) -> Tensor: return functools.reduce(Tensor.maximum, views(x, before, after, -math.inf))
+
+  def gradient(grad: UOp, call: UOp) -> tuple[UOp]:
+    x = Tensor(call.src[1])
+    equal = sum((view == out).cast(grad.dtype) for view in views(x, before, after, -math.inf))
+    share = (Tensor(grad) / equal).contiguous()
+    # an element is in the windows of those that it is `before` ahead of, and so on
+    parts = [(x == largest).where(part, 0) for largest, part in zip(views(out, after, before, math.inf), views(share, after, before, 0))]
+    return (functools.reduce(Tensor.add, parts).cast(x.dtype).contiguous().uop,)
+
+  out = function(forward, grad_fxn=gradient)(x).contiguous()
+  return out
+
+
+def mean_pool_2x2(x: Tensor) -> Tensor:
+  """[B,C,H,W] -> [B,C,H-1,W-1]: the mean of each 2x2 window, stride 1."""
+  rows = x[:, :, 1:] + x[:, :, :-1]
+  return ((rows[..., 1:] + rows[..., :-1]) * 0.25).contiguous()
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:

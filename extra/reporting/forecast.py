@@ -9,7 +9,7 @@ LOADING = {"data", "strict", "workers", "gpus", "seed", "dtype"}   # where pictu
 
 
 @dataclass(frozen=True)
-class Published:
+class Convergence:
   """A recipe's convergence: on `pictures` training pictures, `epochs(pictures an update)` passes to its score, None where nobody said; whoever may
   change the settings `free`; `source`, in words for the screen."""
   pictures: int
@@ -29,10 +29,10 @@ def mlperf_epochs(batch: int) -> float | None:
   return float(np.interp(batch, list(MLPERF_EPOCHS), list(MLPERF_EPOCHS.values()))) if batch <= max(MLPERF_EPOCHS) else None
 
 
-PUBLISHED: dict[str, Published] = {   # by preset
-  "mlperf": Published(1_170_301, mlperf_epochs, frozenset({"bs", "accumulate", "lr", "warmup", "epochs"}), "MLCommons' reference runs"),
+CONVERGENCE: dict[str, Convergence] = {   # by preset
+  "mlperf": Convergence(1_170_301, mlperf_epochs, frozenset({"bs", "accumulate", "lr", "warmup", "epochs"}), "MLCommons' reference runs"),
   # docs.pytorch.org/vision, RetinaNet_ResNet50_FPN_Weights.COCO_V1: box mAP 36.4 by references/detection, 26 epochs of 8 GPUs x 2 pictures
-  "coco": Published(118_287, lambda batch: 26.0 if batch == 16 else None, frozenset({"bs", "accumulate"}), "torchvision")}
+  "coco": Convergence(118_287, lambda batch: 26.0 if batch == 16 else None, frozenset({"bs", "accumulate"}), "torchvision")}
 
 
 def changed(config: Any, recipe: Any, free: frozenset[str] | set[str]) -> list[str]:
@@ -48,11 +48,11 @@ def hours_to_target(epochs: float, done: float, pictures: int, images_per_second
 
 
 class Forecast:
-  """When a run should reach its target, where its recipe is one of PUBLISHED; no words and no numbers where it is not.
+  """When a run should reach its target, where its recipe is one of CONVERGENCE; no words and no numbers where it is not.
 
-  recipes: the configuration of each preset of PUBLISHED; pictures: those of the run's training data, as many as published, give or take 2%."""
+  recipes: the configuration of each preset of CONVERGENCE; pictures: those of the run's training data, as many as published, give or take 2%."""
   def __init__(self, config: Any, recipes: Mapping[str, Any], pictures: int):
-    fits = [known for name, known in PUBLISHED.items()
+    fits = [known for name, known in CONVERGENCE.items() if name in recipes
             if not changed(config, recipes[name], known.free) and abs(pictures / known.pictures - 1) < 0.02]
     self.epochs = fits[0].epochs(config.bs * config.accumulate) if fits else None
     self.source, self.pictures, self.target = fits[0].source if fits else "", pictures, config.target

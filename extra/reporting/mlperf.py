@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from tinygrad import Device
 from tinydet.errors import UserError
-from tinydet.reporting.forecast import PUBLISHED, changed
+from tinydet.reporting.forecast import CONVERGENCE, changed
 from tinydet.reporting.tracking import warn
 
-CLASSES, EVAL_PICTURES, TARGET = 264, 24_781, 0.34   # of OpenImages as MLPerf has it; PUBLISHED["mlperf"] has its training pictures
+CLASSES, EVAL_PICTURES, TARGET = 264, 24_781, 0.34   # of OpenImages as MLPerf has it; CONVERGENCE["mlperf"] has its training pictures
 CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -47,8 +47,8 @@ class MLPerfLog:
     logger.addHandler(handler)
     self.logger = self.make(logger, default_stack_offset=2, root_dir=re.escape(str(Path(__file__).parents[2])))
 
-    other = changed(config, self.recipe, PUBLISHED["mlperf"].free)
-    if (classes, train_pictures, eval_pictures) != (CLASSES, PUBLISHED["mlperf"].pictures, EVAL_PICTURES): other.insert(0, "data")
+    other = changed(config, self.recipe, CONVERGENCE["mlperf"].free)
+    if (classes, train_pictures, eval_pictures) != (CLASSES, CONVERGENCE["mlperf"].pictures, EVAL_PICTURES): other.insert(0, "data")
     self._log("submission_benchmark", "retinanet", at=self.started)
     self._log("submission_division", "open" if other else "closed", at=self.started)
     for key, usual in (("org", "unnamed"), ("platform", f"{config.gpus}x{Device.DEFAULT}"), ("status", "onprem")):

@@ -133,7 +133,7 @@ def write(folder: str | Path, *, compare: Sequence[str | Path] = (), out: str | 
 
 
 @dataclass
-class Run:
+class Record:
   """What a folder holds of a run. lines are those of metrics.jsonl in the order of steps, without steps that a resumed run did again."""
   folder: Path
   name: str
@@ -183,7 +183,7 @@ class Run:
     return tuple(np.array(list(rows.values()), np.float64).reshape(-1, 2).T)
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> Record:
   """What is whole in a run's folder; UserError where it is not one."""
   folder = Path(folder)
   if not (folder/"config.json").exists() and not (folder/"metrics.jsonl").exists():
@@ -201,7 +201,7 @@ def read_run(folder: str | Path) -> Run:
       newest = line["step"]
     newest = max(newest, line["step"])
     lines.append(line)
-  return Run(folder, folder.resolve().name, _object(folder/"config.json"), sorted(lines, key=lambda line: line["step"]),
+  return Record(folder, folder.resolve().name, _object(folder/"config.json"), sorted(lines, key=lambda line: line["step"]),
              *(_object(folder/f"{name}.json") for name in ("summary", "evaluation", "environment")))
 
 
@@ -318,27 +318,27 @@ def _smooth(y: np.ndarray) -> np.ndarray:
   return (total[high] - total[low]) / (high - low)
 
 
-def _lines(run: Run, names: Sequence[str], *, dots: bool = False) -> list[Line]:
+def _lines(run: Record, names: Sequence[str], *, dots: bool = False) -> list[Line]:
   """The series of one run, as lines of a chart."""
   return [Line(LABELS.get(n, n).removeprefix(prefix), *run.series(f"{prefix}{n}"), color, dots)
           for color, (prefix, n) in enumerate(("eval/" if dots else "train/", n) for n in names)]
 
 
-def _clock(runs: list[Run]) -> tuple[str, float]:
+def _clock(runs: list[Record]) -> tuple[str, float]:
   """The unit for the time of the longest run, and its seconds."""
   longest = max(run.seconds for run in runs)
   return ("hours", 3600.0) if longest > 3 * 3600 else ("minutes", 60.0)
 
 
-def _target(run: Run) -> tuple[float, str] | None: return None if run.target is None else (run.target, run.target_name)
+def _target(run: Record) -> tuple[float, str] | None: return None if run.target is None else (run.target, run.target_name)
 
 
-def _over_time(run: Run, key: str, unit: float, scale: float, name: str, color: int = 0) -> Line:
+def _over_time(run: Record, key: str, unit: float, scale: float, name: str, color: int = 0) -> Line:
   seconds, values = run.series(key, "seconds")
   return Line(name, seconds / unit, values / scale, color)
 
 
-def _bytes(runs: list[Run]) -> tuple[str, float]:
+def _bytes(runs: list[Record]) -> tuple[str, float]:
   most = max((run.series("train/memory")[1].max(initial=0) for run in runs), default=0)
   return ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
 
@@ -346,7 +346,7 @@ def _bytes(runs: list[Run]) -> tuple[str, float]:
 # ------------------------------------------------------------------------------------------------------------------------------------- pages
 
 
-def _single(run: Run) -> dict[str, Any]:
+def _single(run: Record) -> dict[str, Any]:
   """What the template shows of one run."""
   scalars = dict.fromkeys(key.removeprefix("train/") for line in run.lines for key in line if key.startswith("train/"))
   others = ("lr", "images_per_s", "memory", "gradient_norm", "skipped", "loss_scale", "accuracy", "hours_to_target")
@@ -396,7 +396,7 @@ def _single(run: Run) -> dict[str, Any]:
     "errors": _errors(evaluation), **_settings(run), "commands": _commands(run), "compare": False}
 
 
-def _compared(runs: list[Run]) -> dict[str, Any]:
+def _compared(runs: list[Record]) -> dict[str, Any]:
   """What the template shows of several runs."""
   unit, seconds = _clock(runs)
   memory, scale = _bytes(runs)
@@ -413,7 +413,7 @@ def _compared(runs: list[Run]) -> dict[str, Any]:
     *chart("Learning rate", overlay("train/lr"), "epoch"),
     *chart("Images per second", timed("train/images_per_s", 1), unit, noisy=True),
     *chart(f"Device memory, {memory}", timed("train/memory", scale), unit)]
-  def differing(names: Sequence[str], value: Callable[[Run, str], Any]) -> list[tuple[str, list]]:
+  def differing(names: Sequence[str], value: Callable[[Record, str], Any]) -> list[tuple[str, list]]:
     rows = [(name, [value(run, name) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if len(set(map(repr, values))) > 1]
   names = list(dict.fromkeys(key for run in runs for key in run.config if key not in ("run_name", "resume", "out")))
@@ -427,7 +427,7 @@ def _compared(runs: list[Run]) -> dict[str, Any]:
           "keys": [_look(i) for i in range(len(runs))]}
 
 
-def _pictures(run: Run) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _pictures(run: Record) -> Iterator[tuple[str, list[dict[str, Any]]]]:
   """Groups of pictures: the best and the worst, or, of a run that did not record them, some of its last evaluation."""
   headings = {"worst": "Worst", "best": "Best"}
   if not any(run.evaluation.get(group) for group in headings):
@@ -473,15 +473,15 @@ def _errors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
            "bar": max(0.0, 100 * (every[kind]["delta_AP50"] or 0) / longest)} for kind, (name, what) in KINDS.items()]
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Record) -> dict[str, Any]:
   """The settings in two parts: what flags and variables set, with these, and the rest."""
   sources = run.environment.get("sources", {})
-  def chosen(name: str) -> bool: return name in sources and sources[name] != "default" and not str(sources[name]).startswith("preset ")
+  def chosen(name: str) -> bool: return not str(sources.get(name, "default")).startswith(("default", "the run", "preset "))
   return {"changed": [(name, value, sources[name]) for name, value in run.config.items() if chosen(name)],
           "rest": [(name, value, sources.get(name, "")) for name, value in run.config.items() if not chosen(name)], "sourced": bool(sources)}
 
 
-def _commands(run: Run) -> list[tuple[str, str]]:
+def _commands(run: Record) -> list[tuple[str, str]]:
   """What to type next, from the folder that the run was started in."""
   folder, data = shlex.quote(str(run.folder)), shlex.quote(str(run.config.get("data", "FOLDER")))
   again = "This report again", f"python -m tinydet.reporting.report {folder}"

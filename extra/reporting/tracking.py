@@ -24,9 +24,9 @@ SUMMARIES = {"train/loss": "min", "eval/loss": "min", "train/accuracy": "max", "
 class Tracker:
   """The record of one run, in `folder`: config.json, metrics.jsonl, summary.json, pictures/ and wandb's own files.
 
-  config is JSON values; score names the series that ranks a run's evaluations, higher being better, and target is its
-  value to reach, drawn as `eval/target` beside `eval/<score>`; summary.json gets the best as `best_<score>`. mode is "online", "offline", "disabled"
-  or None: WANDB_MODE or wandb's own settings decide, else online when logged in and offline otherwise. Nothing ever prompts, and no failure of wandb
+  config is JSON values, None to leave config.json as it is; score names the series that ranks a run's evaluations, higher being better, and target is
+  its value to reach, drawn as `eval/target` beside `eval/<score>`; summary.json gets the best as `best_<score>`. mode is "online", "offline",
+  "disabled" or None: WANDB_MODE decides, else offline, as what goes to a server is a choice. Nothing ever prompts, and no failure of wandb
   stops a run: it is reported in one line, and the local files go on. Nor does a full disk: it costs lines and pictures.
   tags and group are wandb's; artifacts, one of ARTIFACTS, says when it gets weights as the artifact model-<id>: "end" is best.safetensors, under the
   alias best, and the last checkpoint, under latest, once a run has come to its end; "best" is also each new best.safetensors.
@@ -35,7 +35,7 @@ class Tracker:
   the folder is used as it is, what metrics.jsonl holds from after the checkpoint is cut off, as it will come again, and wandb's run
   `resume["run_id"]` goes on; `lock` is then what `claim` gave for the folder. UserError where the folder cannot be made.
   """
-  def __init__(self, folder: str | Path, config: dict[str, Any], *, project: str, score: str = "mAP", target: float | None = None,
+  def __init__(self, folder: str | Path, config: dict[str, Any] | None, *, project: str, score: str = "mAP", target: float | None = None,
                mode: str | None = None, resume: dict | None = None, lock: TextIO | None = None, tags: Sequence[str] = (), group: str | None = None,
                artifacts: str = "end"):
     self.folder = new_folder(Path(folder), resume is not None)
@@ -46,7 +46,8 @@ class Tracker:
     self._scores = [(line["epoch"], line[f"eval/{score}"]) for line in kept if line.get(f"eval/{score}") is not None]
     self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
     self._metrics, self._warned = open(self.folder/"metrics.jsonl", "ab", buffering=0), False
-    with whole_file(self.folder/"config.json") as f: f.write(json.dumps(config, indent=2).encode() + b"\n")
+    if config is not None:
+      with whole_file(self.folder/"config.json") as f: f.write(json.dumps(config, indent=2).encode() + b"\n")
     self._wandb, self._run, self._artifacts, self._complete = None, None, artifacts, False
     self._defined: set[str] = set()
     self._actions, self._thread, self._answered, self._uploads, self._missed = queue.Queue(), None, threading.Event(), [], False
@@ -158,6 +159,7 @@ class Tracker:
       self._owns_data_dir = "WANDB_DATA_DIR" not in os.environ
       if self._owns_data_dir:   # where tables wait for their upload: with the run, not in the user's home
         os.environ["WANDB_DATA_DIR"] = str((self.folder/"wandb").resolve())
+      mode = mode or (None if os.environ.get("WANDB_MODE") else "offline")
       wanted = wandb.setup(wandb.Settings(silent=True, console="off", **({"mode": mode} if mode else {}))).settings.mode
       if wanted in ("online", "shared") and not wandb.login(prompt=False, verify=False):
         if mode or os.environ.get("WANDB_MODE"): warn("wandb is not logged in (wandb login): this run is recorded offline")

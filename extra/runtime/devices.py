@@ -43,7 +43,7 @@ def replicate(tensors: list[Tensor], names: tuple[str, ...]) -> None:
   """Put a copy of each tensor on each device, in place."""
   if len(names) > 1:
     for tensor in tensors: tensor.shard_(names)
-  Tensor.realize(*tensors)
+  if tensors: Tensor.realize(*tensors)
 
 
 def to_devices(array: np.ndarray, names: tuple[str, ...]) -> Tensor:

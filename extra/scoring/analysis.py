@@ -25,7 +25,7 @@ class Picture:
   """Truth [M] and detections [N], the best first, of one picture, with labels 0..K-1 and their overlaps."""
   image_id: int
   truth: np.ndarray     # i64 [M] labels
-  crowd: np.ndarray     # bool [M]
+  crowd: np.ndarray     # bool [M], difficult ones too
   labels: np.ndarray    # i64 [N]
   scores: np.ndarray    # f64 [N]
   overlaps: np.ndarray  # f64 [N,M] IoU; with a crowd, the part of the detection that it covers
@@ -153,7 +153,7 @@ def analyse(metric: CocoMetric, result: CocoResult, *, score_threshold: float = 
   names = {category["id"]: category["name"] for category in truth["categories"]}
   boxes = {c: 0 for c in ids}
   for annotation in truth["annotations"]:
-    if annotation["image_id"] in kept and not annotation.get("iscrowd", 0): boxes[annotation["category_id"]] += 1
+    if annotation["image_id"] in kept and not (annotation.get("iscrowd", 0) or annotation.get("difficult", 0)): boxes[annotation["category_id"]] += 1
   precision = result.precision
   def mean(values: np.ndarray) -> float | None: return float(values[values > -1].mean()) if (values > -1).any() else None
   def curve(values: np.ndarray) -> list[float] | None:
@@ -196,7 +196,8 @@ def _pictures(ground_truth: dict, category_ids: list[int], found: Found, score_t
     if annotation["image_id"] in rows: rows[annotation["image_id"]].append(annotation)
   for image_id in sorted(rows):
     mine = rows[image_id]
-    truth, crowd = np.array([label_of[a["category_id"]] for a in mine], np.int64), np.array([bool(a.get("iscrowd", 0)) for a in mine], bool)
+    truth = np.array([label_of[a["category_id"]] for a in mine], np.int64)
+    crowd, difficult = (np.array([bool(a.get(key, 0)) for a in mine], bool) for key in ("iscrowd", "difficult"))
     boxes, scores, categories = found.get(image_id, (np.empty((0, 4)), np.empty(0), np.empty(0, np.int64)))
     labels = np.array([label_of[c] for c in np.asarray(categories).tolist()], np.int64)
     order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
@@ -204,7 +205,7 @@ def _pictures(ground_truth: dict, category_ids: list[int], found: Found, score_t
     overlaps = np.zeros((len(order), len(mine)))
     if overlaps.size:
       overlaps = mask.iou(np.asarray(boxes, np.float64)[order], np.array([a["bbox"] for a in mine], np.float64), crowd.astype(np.uint8))
-    yield Picture(image_id, truth, crowd, labels[order], np.asarray(scores, np.float64)[order], overlaps)
+    yield Picture(image_id, truth, crowd | difficult, labels[order], np.asarray(scores, np.float64)[order], overlaps)
 
 
 def _turn(labels: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ class CocoMetric:
 
   Args:
     ground_truth: COCO instances dict (`images`, `annotations` with `bbox` xywh, `area`, `iscrowd`, `category_id`, `image_id`; `categories`); it is
-      not changed.
+      not changed. Pascal VOC's `difficult` boxes need not be found, and what overlaps one as much as a hit does is neither right nor wrong (their
+      development kit, VOCevaldet); what lies inside a crowd is that however little it covers.
     category_ids: the category id of each label 0..K-1.
     image_ids: the images to score; all of the ground truth if None. An image without detections counts as an image where nothing was found.
   """
@@ -99,12 +100,12 @@ class CocoMetric:
     return evaluation
 
   def _truth(self) -> tuple[np.ndarray, ...]:
-    """Category ids i64 [G], image ids i64 [G], boxes f64 [G,4], areas f64 [G] and crowd bool [G], by class and image."""
+    """Category ids i64 [G], image ids i64 [G], boxes f64 [G,4], areas f64 [G], crowd and difficult bool [G], by class and image."""
     rows = [annotation for annotation in self.ground_truth["annotations"] if annotation["image_id"] in self.image_ids]
     categories, images = (np.array([row[key] for row in rows], np.int64) for key in ("category_id", "image_id"))
     order = np.lexsort((images, categories))
     columns = (np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4), np.array([row["area"] for row in rows], np.float64),
-               np.array([bool(row.get("iscrowd", 0)) for row in rows], bool))
+               *(np.array([bool(row.get(key, 0)) for row in rows], bool) for key in ("iscrowd", "difficult")))
     return tuple(column[order] for column in (categories, images, *columns))
 
   def _detections(self) -> tuple[np.ndarray, ...]:
@@ -143,7 +144,8 @@ def _of_class(columns: tuple[np.ndarray, ...], category: int) -> tuple[np.ndarra
 def _score_class(parameters: Params, truth: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
   """Precision f64 [T,R,A,M] and recall f64 [T,A,M] of a class at T thresholds of IoU, R recalls, A ranges of areas and M numbers of detections on an
   image, -1 where there is no truth: to the last digit those of `COCOeval.evaluate` and `accumulate`."""
-  (truth_images, truth_boxes, truth_areas, crowd), (images, scores, boxes) = truth, found
+  (truth_images, truth_boxes, truth_areas, crowd, difficult), (images, scores, boxes) = truth, found
+  again = crowd | difficult   # to be matched any number of times
   thresholds, limits = np.minimum(parameters.iouThrs, 1 - 1e-10), np.array(parameters.areaRng)
   precision = -np.ones((len(thresholds), len(parameters.recThrs), len(limits), len(parameters.maxDets)))
   recall = -np.ones((len(thresholds), len(limits), len(parameters.maxDets)))
@@ -151,7 +153,7 @@ def _score_class(parameters: Params, truth: tuple[np.ndarray, ...], found: tuple
   images, scores, boxes, ranks = (column[ranks < parameters.maxDets[-1]] for column in (images, scores, boxes, ranks))
 
   def outside(areas: np.ndarray) -> np.ndarray: return (areas < limits[:, :1]) | (areas > limits[:, 1:])   # [A,N]
-  no_truth = crowd | outside(truth_areas)
+  no_truth = again | outside(truth_areas)
   ignored = np.repeat(outside(boxes[:, 2] * boxes[:, 3])[:, None], len(thresholds), 1)   # [A,T,D]
   matched = np.zeros_like(ignored)
   ids, firsts = np.unique(truth_images, return_index=True)
@@ -159,7 +161,7 @@ def _score_class(parameters: Params, truth: tuple[np.ndarray, ...], found: tuple
     d0, d1 = np.searchsorted(images, image_id), np.searchsorted(images, image_id, "right")
     if d0 == d1: continue
     overlaps = mask.iou(boxes[d0:d1], truth_boxes[g0:g1], crowd[g0:g1].astype(np.uint8))
-    hit, excused = _match(overlaps, crowd[g0:g1], no_truth[:, g0:g1], thresholds)
+    hit, excused = _match(overlaps, again[g0:g1], no_truth[:, g0:g1], thresholds)
     matched[..., d0:d1], ignored[..., d0:d1] = hit, np.where(hit, excused, ignored[..., d0:d1])
 
   positives = (~no_truth).sum(1)
@@ -177,20 +179,20 @@ def _score_class(parameters: Params, truth: tuple[np.ndarray, ...], found: tuple
   return precision, recall
 
 
-def _match(overlaps: np.ndarray, crowd: np.ndarray, no_truth: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _match(overlaps: np.ndarray, again: np.ndarray, no_truth: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Match the detections of a class on an image, the best first, as `COCOeval.evaluateImg` does: with the free truth that overlaps most.
 
-  overlaps f64 [D,G]; crowd bool [G], to be matched any number of times; no_truth bool [A,G], what need not be found and is only taken where there is
+  overlaps f64 [D,G]; again bool [G], to be matched any number of times; no_truth bool [A,G], what need not be found and is only taken where there is
   nothing else; thresholds f64 [T]. Returns, bool [A,T,D], what is matched and which of this with `no_truth`."""
-  free = np.ones((len(no_truth), len(thresholds), len(crowd)), bool)
+  free = np.ones((len(no_truth), len(thresholds), len(again)), bool)
   matched, excused = np.zeros((2, *free.shape[:2], len(overlaps)), bool)
   a, t = np.ogrid[:free.shape[0], :free.shape[1]]
   for d in np.flatnonzero((overlaps >= thresholds.min()).any(1)):
     possible = free & (overlaps[d] >= thresholds[:, None])
     real = possible & ~no_truth[:, None]
     among = np.where(real.any(-1, keepdims=True), real, possible)
-    best = len(crowd) - 1 - np.where(among, overlaps[d], -1)[..., ::-1].argmax(-1)   # of equals the last
+    best = len(again) - 1 - np.where(among, overlaps[d], -1)[..., ::-1].argmax(-1)   # of equals the last
     matched[..., d] = possible.any(-1)
     excused[..., d] = matched[..., d] & no_truth[a, best]
-    free[a, t, best] &= ~matched[..., d] | crowd[best]
+    free[a, t, best] &= ~matched[..., d] | again[best]
   return matched, excused

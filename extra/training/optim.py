@@ -33,7 +33,7 @@ def exponential(low: float, high: float, steps: int) -> Schedule:
 class Optimizer:
   """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
 
-  An update whose gradient or loss is not finite leaves everything as it was.
+  An update whose gradient, loss or rate is not finite leaves everything as it was.
 
   Args: `params` name -> realised f32 tensor; `kind` one of OPTIMIZERS; `rate` from `schedule`; `weight_decay` for tensors of two dimensions and more,
   `norm_weight_decay` for the others (norms and biases); `clip_norm` bounds the norm of the whole gradient, 0 leaves it; `ema_decay` > 0 keeps an
@@ -67,8 +67,10 @@ class Optimizer:
     where nothing was changed) and `loss_scale`."""
     norm = total_norm(gradients)
     if self.loss_scale is not None: norm = norm / self.loss_scale[:1]
-    ok = (norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()).contiguous()
-    logs = {"lr": (lr := self.rate(self.steps)), "gradient_norm": norm, "skipped": ok.where(0.0, 1.0)}
+    lr = self.rate(self.steps)
+    finite = norm.isfinite() & lr.isfinite()
+    ok = (finite if loss is None else finite & loss.isfinite()).contiguous()
+    logs = {"lr": lr, "gradient_norm": norm, "skipped": ok.where(0.0, 1.0)}
     def keep(tensor: Tensor, new: Tensor) -> None: tensor.assign(ok.where(new, tensor))
     factor = None if self.loss_scale is None else 1 / self.loss_scale[:1]
     if self.clip_norm: factor = (self.clip_norm / (norm + 1e-6)).minimum(1) * (1 if factor is None else factor)

@@ -20,6 +20,10 @@ def _tags(text: str) -> tuple[str, ...]:
   return () if tags == ("none",) else tags
 
 
+def _wandb(text: str) -> str:   # tinygrad's examples say WANDB=1
+  return {"1": "online", "0": "disabled"}.get(text.strip().lower(), text.strip().lower())
+
+
 @dataclass
 class TrainerConfig:
   """How a run learns and what it leaves behind; a program adds its data and its model."""
@@ -59,8 +63,9 @@ class TrainerConfig:
   max_skipped: int = option(20, "updates in a row that may be skipped because loss or gradient is not finite", minimum=1, group="run")
   debug_numerics: bool = option(False, "when the run ends over them, name the first layer whose output is not finite", group="run")
   log_every: int = option(10, "steps between lines of metrics.jsonl", minimum=1, group="run")
-  wandb: str | None = option(None, "online, offline or disabled; by default online when logged in, else offline",
-                             choices=("online", "offline", "disabled"), group="run")
+  wandb: str | None = option(None, "online sends the record, pictures and weights to its server, offline keeps them in the run's folder, disabled "
+                             "makes none; by default what WANDB_MODE says, else offline", choices=("online", "offline", "disabled"), parse=_wandb,
+                             group="run")
   project: str = option("tinygrad-retinanet", "wandb's project", group="run")
   group: str | None = option(None, "wandb's group of this run, such as the name of an experiment", env="WANDB_RUN_GROUP", group="run")
   tags: tuple = option((), "wandb's tags of this run, such as baseline,sgd", parse=_tags, show=lambda v: ",".join(v) or "none", env="WANDB_TAGS",
@@ -78,9 +83,13 @@ def check_batch_size(config: TrainerConfig, ranks: Ranks) -> None:
 
 def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int) -> optim.Optimizer:
   """The optimiser that `config` describes, for `params` (name -> realised f32 tensor)."""
-  steps = steps_per_epoch // config.accumulate
-  rate = optim.schedule(config.schedule, config.lr, steps * config.epochs, warmup_steps=round(config.warmup * steps),
-                        milestones=[m * steps for m in config.milestones])
+  updates = steps_per_epoch / config.accumulate   # an epoch; those of the run are whole, those of an epoch need not be
+  total = int(updates * config.epochs)
+  if not total and config.epochs:
+    raise UserError(f"--accumulate {config.accumulate}: the run has {steps_per_epoch * config.epochs} steps, too few for one update; lower it, or "
+                    "train for more --epochs")
+  rate = optim.schedule(config.schedule, config.lr, max(1, total), warmup_steps=round(config.warmup * updates),
+                        milestones=[round(m * updates) for m in config.milestones])
   return optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
                          norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema, accumulate=config.accumulate,
                          loss_scale=2.0 ** 14 if "half" in (config.dtype, config.wire) else None)

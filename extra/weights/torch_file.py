@@ -9,7 +9,7 @@ from tinydet.errors import UserError
 from tinydet.weights.checkpoint import whole_file
 
 MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
-MAX_DIMENSIONS, MAX_DEPTH, MAX_MEMBERS = 16, 64, 1 << 16
+MAX_DIMENSIONS, MAX_DEPTH, MAX_MEMBERS, MOST_SHOWN = 16, 64, 1 << 16, 100
 # numpy has no bfloat16: V2, a type of its size, stands for it, and V1 for the bytes of a storage without a type
 STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "V2", "Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1",
             "Bool": "b1", "ComplexFloat": "c8", "ComplexDouble": "c16"}
@@ -48,15 +48,36 @@ class _Tensor:
   view: tuple[_Storage, str, int, tuple[int, ...], tuple[int, ...]] | None = None
 
 
+@dataclass(eq=False, slots=True)
+class _Record:
+  """An object of a class that only its author has: its name, and what it was to be built from, at which nobody looks but `_module`."""
+  name: str
+  state: dict | None = None
+
+
+class Inert(str):
+  """The name of a class or function, in place of an object made by it."""
+  __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Module:
+  """A whole pickled model (`torch.save(model)`): its class's dotted name, its state dict, and of its attributes those in ABOUT that it has."""
+  name: str
+  tensors: dict[str, np.ndarray]
+  about: dict[str, Any]
+
+
 def load(path: str | Path) -> Any:
   """The object in a file of torch.save's, as dict, list, tuple, set, str, bytes, int, float, bool, None and read-only numpy arrays.
 
   Reads the zip format (torch 1.6 on), the stream (0.1.10 to 1.5, with many of torchvision's downloads) and the tar before it, told apart by content.
   Arrays keep their strides, and are views of the file's bytes where that is possible; a tensor that occurs twice (tied weights) is one array.
   bfloat16 comes back as float32, a Parameter as its tensor, a Counter or argparse.Namespace as a dict, a torch.device or torch.dtype as text.
+  A whole pickled model is a `Module`; only where there is one, other objects may be of unknown classes too, and are `Inert`.
 
   UserError names the file and what is wrong: a name, call or opcode that tensors do not need (refused, never run), damage, compression, sizes that
-  disagree, tensors that overlap, cycles, a whole model or a TorchScript program instead of its state_dict. Memory stays within about four times the
+  disagree, tensors that overlap, cycles, a TorchScript program instead of its state_dict. Memory stays within about four times the
   file's size and 20 MB. Formats: torch/serialization.py and torch/_utils.py, and Python's pickletools."""
   path = Path(path)
   try:
@@ -130,12 +151,12 @@ def _read_zip(data: bytes, spend: Callable) -> Any:
   def content(name: str) -> bytes: return data[slice(*members.get(roots[0] + name, (0, 0)))]
   if (order := content("byteorder")) not in (b"", b"little", b"big"): raise ValueError(f"has an unknown byte order {order[:9]!r}")
   storages: dict[str, _Storage] = {}
-  value, _ = _unpickle(content("data.pkl"), 0, spend, lambda pid: _storage(storages, pid))
+  value, _ = _unpickle(content("data.pkl"), 0, spend, lambda pid: _storage(storages, pid), whole_models=True)
   for key, storage in storages.items():
     storage.start, end = members.get(f"{roots[0]}data/{key}", (0, -1))
     if end - storage.start != storage.nbytes:
       raise ValueError(f"storage {_shown(key)} has {max(0, end - storage.start)} bytes where its type and length make {_shown(storage.nbytes)}")
-  return _tree(value, data, ">" if order == b"big" else "<")
+  return _tree(value, data, ">" if order == b"big" else "<", spend)
 
 
 def _members(data: bytes) -> dict[str, tuple[int, int]]:
@@ -188,7 +209,7 @@ def _read_stream(data: bytes, spend: Callable) -> Any:
   about, at = _unpickle(data, at, spend)
   if protocol != PROTOCOL or type(about) is not dict: raise ValueError("is of an unknown version of torch's format")
   if about.get("little_endian") is not True: raise ValueError("was written on a big-endian machine; load and save it there with a newer torch")
-  value, at = _unpickle(data, at, spend, lambda pid: _storage(storages, pid))
+  value, at = _unpickle(data, at, spend, lambda pid: _storage(storages, pid), whole_models=True)
   keys, at = _unpickle(data, at, spend)
   if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
     raise ValueError("lists other storages than its tensors have")
@@ -197,7 +218,7 @@ def _read_stream(data: bytes, spend: Callable) -> Any:
     if numel * _itemsize(storage.code) != storage.nbytes: raise ValueError(f"has a storage of {numel} elements where another length was told")
     at = _end(data, at + 8, storage.nbytes)
   if at != len(data): raise ValueError("goes on after its last storage")
-  return _tree(value, data, "<")
+  return _tree(value, data, "<", spend)
 
 
 def _read_tar(data: bytes, spend: Callable) -> Any:
@@ -238,11 +259,15 @@ def _read_tar(data: bytes, spend: Callable) -> Any:
   def persistent(pid: Any) -> _Tensor:
     if type(pid) is not str or not re.fullmatch("[0-9]{1,20}", pid) or int(pid) not in tensors: raise ValueError("has a persistent id of no tensor")
     return tensors[int(pid)]
-  return _tree(_unpickle(data, files["pickle"], spend, persistent)[0], data, "<")
+  return _tree(_unpickle(data, files["pickle"], spend, persistent)[0], data, "<", spend)
 
 
-def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any], Any] | None = None) -> tuple[Any, int]:
-  """The object pickled at data[at:], with `_Tensor` for tensors, and where the pickle ends. Takes the opcodes of protocols 2 to 5 that data needs."""
+def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any], Any] | None = None,
+              whole_models: bool = False) -> tuple[Any, int]:
+  """The object pickled at data[at:], with `_Tensor` for tensors, and where the pickle ends. Takes the opcodes of protocols 2 to 5 that data needs.
+
+  With `whole_models` what classes outside of TABLE make is a `_Record`; they are refused all the same where none of them is a module of torch's."""
+  unknown, modules = [], 0
   stack, marks, memo, op = [], [], {}, None
   def pop(n: int) -> list: return [stack.pop() for _ in range(n)][::-1]
   def pop_mark() -> list: return pop(max(0, len(stack) - marks.pop()))
@@ -272,10 +297,10 @@ def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any],
           items = pop(2) if op == "SETITEM" else pop_mark()
           spend(50 * len(items))
           if len(items) % 2: raise ValueError("has a damaged pickle: a key without a value")
-          _fill(top(dict, _OrderedDict), zip(items[::2], items[1::2]))
+          if type(stack[-1]) is not _Record: _fill(top(dict, _OrderedDict), zip(items[::2], items[1::2]))
         case "APPEND" | "APPENDS":
           items = pop(1) if op == "APPEND" else pop_mark()
-          top(list).extend(items)
+          if type(stack[-1]) is not _Record: top(list).extend(items)
         case "ADDITEMS":
           items = pop_mark()
           spend(100 * len(items))
@@ -288,17 +313,26 @@ def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any],
           words = [line.decode() for line in lines[:2]] if op == "GLOBAL" else pop(2)
           if any(type(word) is not str for word in words): refuse(" without text")
           name = _Name(" ".join(words))
-          if name not in TABLE: raise ValueError(f"refers to {_dotted(name)}, {_why_not(name)}; refused, nothing in the file was run")
+          if name not in TABLE:
+            if not whole_models or not _may_be_inert(name): raise ValueError(_refusal(name, unknown))
+            if len(unknown) < MOST_SHOWN: unknown.append(name)
           stack.append(name)
         case "REDUCE" | "NEWOBJ":
           name, args = pop(2)
+          if type(name) is _Name and name not in TABLE and type(args) is tuple:
+            stack.append(_Record(name))   # whatever it would have been made of
+            continue
           if type(name) is not _Name or name not in CALLS or type(args) is not tuple or len(args) > 8: refuse(f" to call {_kind(name)}")
           spend(350 * sum(len(a) for a in args if type(a) in (list, dict)))
           try: stack.append(CALLS[name](*args))
           except TypeError: raise ValueError(f"calls {_dotted(name)} in a way that torch does not") from None
         case "BUILD":
           state, = pop(1)
-          target = top(_OrderedDict, _Namespace, _Tensor)
+          target = top(_OrderedDict, _Namespace, _Tensor, _Record)
+          if type(target) is _Record:
+            target.state = state if type(state) is dict else None
+            modules += _is_module(target)
+            continue
           if type(state) is not (tuple if type(target) is _Tensor else dict): refuse(f" on {_kind(target)} with {_kind(state)}")
           if type(target) is _Namespace:
             spend(350 * len(state))
@@ -310,6 +344,7 @@ def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any],
         case "PROTO" if 2 <= arg <= 5: pass
         case "STOP":
           value, = pop(1)
+          if unknown and not modules: raise ValueError(_refusal(unknown[0]))
           if stack or marks: raise ValueError("has a damaged pickle: it ends in the middle of an object")
           return value, at
         case _: refuse()
@@ -346,13 +381,15 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None
   return _Tensor((storage, code, offset, size, stride))
 
 
-def _tree(root: Any, data: bytes, order: str) -> Any:
+def _tree(root: Any, data: bytes, order: str, spend: Callable) -> Any:
   """What was pickled, in plain containers and arrays. An object is visited once, however often others refer to it."""
   memo: dict[int, tuple[Any, int]] = {}
   def build(node: Any, depth: int) -> Any:
     kind = type(node)
     if kind in (str, bytes, int, float, bool, type(None)): return node
     if kind is _Name and node in DTYPE_NAMES: return _dotted(node)
+    if kind is _Name and node not in TABLE: return Inert(_dotted(node))
+    if kind is _Record and not _is_module(node): return Inert(_dotted(node.name))
     value, height = memo.get(id(node), (None, 0))
     if height < 0: raise ValueError("holds a container that holds itself")
     if depth + height > MAX_DEPTH: raise ValueError(f"is nested more than {MAX_DEPTH} deep")
@@ -360,13 +397,41 @@ def _tree(root: Any, data: bytes, order: str) -> Any:
     memo[id(node)] = None, -1
     parts = node.values() if isinstance(node, dict) else node if kind in (list, tuple, set) else ()
     built = [build(part, depth + 1) for part in parts]
-    if kind is _Tensor: value = _array(node, data, order)
+    if kind is _Record: value = _module(node, lambda part: build(part, depth + 1), spend)
+    elif kind is _Tensor: value = _array(node, data, order)
     elif isinstance(node, dict): value = dict(zip(node, built))
     elif kind in (list, tuple, set): value = kind(built)
     else: raise ValueError(f"holds {_kind(node)} where data belongs")
     memo[id(node)] = value, 1 + max((memo[id(part)][1] for part in parts if id(part) in memo), default=0)
     return value
   return build(root, 0)
+
+
+def _is_module(node: Any) -> bool: return type(node) is _Record and node.state is not None and "_modules" in node.state
+
+
+def _module(root: _Record, build: Callable[[Any], Any], spend: Callable) -> Module:
+  """The tensors that torch's `state_dict()` of a pickled module has, under its names. Nothing but modules, parameters and buffers is looked at."""
+  tensors: dict[str, np.ndarray] = {}
+  def entries(state: dict, part: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(found := state.get(part, {}), dict): raise ValueError(f"has a module whose {part} are {_kind(found)}")
+    for key, value in found.items():
+      if value is not None: yield _exact(key, str), value
+  def walk(state: dict, prefix: str, depth: int) -> None:
+    if depth > MAX_DEPTH: raise ValueError(f"has modules nested more than {MAX_DEPTH} deep, or inside themselves")
+    hidden = state.get("_non_persistent_buffers_set")
+    for part in ("_parameters", "_buffers"):
+      for key, tensor in entries(state, part):
+        if part == "_buffers" and isinstance(hidden, set) and key in hidden: continue
+        spend(200 + len(prefix) + len(key))
+        if prefix + key in tensors: raise ValueError(f"has two tensors {_shown(prefix + key)}")
+        tensors[prefix + key] = build(_exact(tensor, _Tensor))
+    for key, child in entries(state, "_modules"):
+      spend(500 + len(prefix) + len(key))   # a module that many refer to is walked as often
+      if not _is_module(child): raise ValueError(f"has {_kind(child)} where a module belongs")
+      walk(child.state, f"{prefix}{key}.", depth + 1)
+  walk(root.state, "", 0)
+  return Module(_dotted(root.name), tensors, {key: build(root.state[key]) for key in ABOUT if key in root.state})
 
 
 def _array(tensor: _Tensor, data: bytes, order: str) -> np.ndarray:
@@ -432,11 +497,25 @@ def _dotted(name: str) -> str: return ascii(".".join(name.rsplit(" ", 1)))[1:-1]
 def _kind(value: Any) -> str: return _dotted(value) if type(value) is _Name else f"a {type(value).__name__.strip('_')}"
 
 
+def _may_be_inert(name: str) -> bool:
+  """Whether `name` may stand in a pickled model: a class of packages that are not Python's own, or one of INERT."""
+  module, _, attribute = name.partition(" ")
+  top = module.partition(".")[0]
+  if name in INERT: return True
+  if not name.isascii() or not module.replace(".", "_").isidentifier() or not attribute.isidentifier() or top in sys.stdlib_module_names: return False
+  return (attribute[0].isupper() and _why_not(name).startswith("which")) or top in AUTHORS
+
+
+def _refusal(name: str, unknown: Iterable[str] = ()) -> str:
+  beside = next((f", beside {_dotted(other)}" for other in unknown if other in INERT), "")
+  return f"refers to {_dotted(name)}, {_why_not(name)}{beside}; refused, nothing in the file was run"
+
+
 def _why_not(name: str) -> str:
   module, _, attribute = name.partition(" ")
   if name.startswith(("torch._utils _rebuild", "torch float8", "torch Q", "torch q")): return "a kind of tensor (quantised, sparse) not read here"
   if not attribute[:1].isupper() or module.partition(".")[0] in sys.stdlib_module_names: return "which a checkpoint has no use for"
-  return "which is code, not data (of a whole pickled model, torch.save the state_dict())"
+  return "which is code, not data (torch.save the state_dict() of a model)"
 
 
 OPCODES = {opcode.code.encode("latin-1"): opcode.name for opcode in pickletools.opcodes}
@@ -474,4 +553,10 @@ CALLS: dict[str, Callable] = {
   "torch._utils _rebuild_parameter": lambda tensor, grad, hooks: _exact(tensor, _Tensor),
   "torch._utils _rebuild_parameter_with_state": lambda tensor, grad, hooks, state: _exact(tensor, _Tensor)}
 CALLS |= {f"{module} {name}Tensor": _empty_tensor for module in ("torch", "torch.cuda") for name in STORAGES}
+ABOUT = ("names", "nc", "stride", "yaml")   # attributes of a pickled detector: class names, their number, strides, what it was built from
+# What pickled YOLO models refer to beside classes, of which nothing is taken: bound methods, numpy's scalars and arrays, paths, times.
+INERT = {f"{module} getattr" for module in ("builtins", "__builtin__")} | {"_codecs encode", "numpy dtype", "numpy ndarray", "datetime datetime"} | {
+  f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")} | {
+  f"pathlib{part} {name}Path" for part in ("", "._local") for name in ("", "Posix", "Windows", "Pure", "PurePosix", "PureWindows")}
+AUTHORS = ("ultralytics", "models", "utils", "yolov6")   # packages whose functions those models refer to as well
 TABLE = CALLS.keys() | STORAGE_TYPES.keys() | DTYPE_NAMES.keys()

@@ -1,0 +1,95 @@
+"""RetinaNet (Lin et al. 2017) as a detector: nine anchors a place, focal loss, one of three box losses."""
+from collections.abc import Sequence
+from typing import Any, ClassVar
+import numpy as np
+from tinygrad import Tensor
+from tinydet.detection import anchors, postprocess
+from tinydet.detection.boxes import decode
+from tinydet.detection.losses import detection_losses
+from tinydet.detection.matcher import match
+from tinydet.detectors.detector import Canvas, Detector, Outputs
+from tinydet.models import resnet, retinanet
+from tinydet.weights.weights import select_classes
+
+NAMES = tuple(f"retinanet_{backbone}_fpn{variant}" for backbone in resnet.BACKBONES for variant in ("", "_v2"))
+
+
+class RetinaNet(Detector):
+  """Outputs are (cls_logits [B,A,K], bbox_regression [B,A,4]). `exact_strides` puts anchors where the cells are (see `anchors.anchors`)."""
+  stages: ClassVar = {"class logits": ("head.classification_head.cls_logits.",), "class head": ("head.classification_head.conv.",),
+            "pyramid": ("backbone.fpn.",), **{f"layer{i}": (f"backbone.body.layer{i}.",) for i in (4, 3, 2, 1)},
+            "stem": ("backbone.body.conv1.", "backbone.body.bn1.")}
+
+  def __init__(self, name: str, num_classes: int, norm: str | None = None, seed: int = 0, box_loss: str = "l1", exact_strides: bool = False):
+    self.name, self.num_classes, self.norm, self.box_loss, self.exact_strides = name, num_classes, norm, box_loss, exact_strides
+    self.network = retinanet.build(name, num_classes, norm, seed)
+    self._anchors: dict[Canvas, Tensor] = {}
+
+  def anchors(self, canvas: Canvas) -> Tensor:
+    """f32 [A,4] xyxy pixels of the canvas."""
+    if canvas not in self._anchors: self._anchors[canvas] = Tensor(anchors.anchors(*canvas, self.exact_strides)).realize()
+    return self._anchors[canvas]
+
+  def constants(self, canvas: Canvas) -> list[Tensor]: return [self.anchors(canvas)]
+
+  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
+    features = self.network.backbone.body.features(x)[1:]
+    return self.network.backbone.fpn(features) if layer == "pyramid" else features
+
+  def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs:
+    levels = features if layer == "pyramid" else self.network.backbone.fpn(features)
+    return self.network.head.classification_head(levels), self.network.head.regression_head(levels)
+
+  def levels(self, layer: str = "backbone") -> dict[str, int]:
+    return {f"P{n}": 2 ** n for n in anchors.LEVELS} if layer == "pyramid" else {f"C{n}": 2 ** n for n in anchors.LEVELS[:3]}
+
+  def losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
+    classes, matched = match(self.anchors(canvas), boxes, labels)
+    classification, regression = detection_losses(*outputs, self.anchors(canvas), classes, matched, self.box_loss)
+    return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
+
+  def candidates(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    return outputs[0], decode(outputs[1].float(), self.anchors(canvas).to(outputs[1].device))
+
+  def class_scores(self, outputs: Outputs, canvas: Canvas) -> Tensor: return outputs[0]
+
+  def detect(self, outputs: Outputs, canvas: Canvas, sizes: np.ndarray, origins: np.ndarray | None = None, hidden: Tensor | None = None,
+             **options: Any) -> postprocess.Detections:
+    logits, deltas = outputs   # of the candidates, only the best of each level are decoded
+    if hidden is not None: logits = logits + hidden.to(logits.device)
+    return postprocess.select(logits, deltas, self.anchors(canvas), anchors.level_sizes(*canvas), sizes, origins=origins, **self.options(options))
+
+  def level_of(self, row: int, canvas: Canvas) -> str:
+    return f"P{anchors.LEVELS[int(np.searchsorted(np.cumsum(anchors.level_sizes(*canvas)), row, side='right'))]}"
+
+  def choose(self, labels: Sequence[int | None]) -> None:
+    """As in `Detector`, by the weights themselves: of hundreds of classes the others cost nothing then."""
+    head, rows = self.network.head.classification_head, self.network.class_rows
+    key = "head.classification_head.cls_logits."
+    chosen = select_classes({f"{key}{part}": getattr(head.cls_logits, part).numpy() for part in ("weight", "bias")}, rows, labels)
+    head.cls_logits.weight, head.cls_logits.bias = (Tensor(chosen[f"{key}{part}"]) for part in ("weight", "bias"))
+    head.per_anchor = self.num_classes = self.network.num_classes = len(labels)
+
+  def freeze(self, trainable_layers: int) -> None: retinanet.freeze(self.network, trainable_layers)
+
+  def assume(self, about: Any) -> None:
+    super().assume(about)
+    self.exact_strides = bool(about.get("exact_strides", False))
+    self._anchors.clear()
+
+  def about(self) -> dict[str, Any]: return super().about() | {"norm": self.norm, "exact_strides": self.exact_strides}
+
+  def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return retinanet.init_rule(key, shape)
+
+
+def build(name: str, num_classes: int, **options: Any) -> RetinaNet:
+  """The detector `name`, one of `NAMES`; options are those of `RetinaNet`."""
+  return RetinaNet(name, num_classes, **options)
+
+
+def recognise(shapes: Any) -> tuple[str, int, dict[str, Any]] | None:
+  """Name, number of classes and options for `build` of the detector whose tensors have these names and shapes; None if it is no RetinaNet."""
+  if (name := retinanet.recognise(shapes)) is None: return None
+  num_anchors = shapes["head.regression_head.bbox_reg.weight"][0] // 4
+  num_classes = shapes["head.classification_head.cls_logits.weight"][0] // num_anchors
+  return name, num_classes, {"norm": "frozen" if "backbone.body.bn1.running_mean" in shapes else "group"}

@@ -1,0 +1,117 @@
+"""The YOLO family as a detector: what only it knows of pictures, outputs and detections."""
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+import numpy as np
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
+from tinygrad.nn.state import get_parameters
+from tinydet.class_names import COCO80
+from tinydet.detection import yolo as decoding
+from tinydet.detection.postprocess import Detections
+from tinydet.detectors.detector import Canvas, Detector, Outputs, Preprocessing
+from tinydet.models import yolo
+from tinydet.models.fold import fold
+
+NAMES = yolo.NAMES
+GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
+TOPK = 30_000            # of a picture's pairs of candidate and class that NMS looks at, as in the official programs
+
+
+class Yolo(Detector):
+  """Outputs are those of the network's head (see `models.yolo.build`); `facts` say how they decode. `network` has the official files' tensors until
+  `fold` is called."""
+  multiple, sigmoid = 32, False
+
+  def __init__(self, name: str, num_classes: int = 80, seed: int = 0):
+    self.name, self.num_classes, self.facts = name, num_classes, yolo.facts(name)
+    self.network = yolo.build(name, num_classes, seed)
+    place = {"letterbox": True, "centred": True} if self.facts.letterbox else {}
+    self.preprocessing = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, fill=GREY, **place)
+    self.usual_size, self.class_names = (self.facts.side,) * 2, list(COCO80) if num_classes == 80 else None
+    self.selection = {"topk": TOPK, "clip": False, "nms_threshold": None if self.facts.end2end else self.facts.nms}
+
+  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
+    if hasattr(self.network, "detect"):   # v6
+      levels = self.network.backbone(x)
+      return self.network.neck(*levels) if layer == "pyramid" else levels
+    return self.network.features(x, self._end(layer))
+
+  def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs:
+    if hasattr(self.network, "detect"): return self.network.detect(features if layer == "pyramid" else self.network.neck(*features))
+    return self.network.rest(features, self._end(layer))
+
+  def prepare(self, images: Tensor, dtype: DType = dtypes.float32) -> Tensor:
+    """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W] in 0..1. Not laid out in memory: the first convolution alone reads it."""
+    return (images.permute(0, 3, 1, 2).cast(dtypes.float32) * (1 / 255)).cast(dtype)
+
+  def _end(self, layer: str) -> int:
+    return len(self.network.model) - 1 if layer == "pyramid" and self.facts.decode != "darknet" else self.network.backbone
+
+  @functools.cache   # noqa: B019 as many as there are layers to ask for
+  def levels(self, layer: str = "backbone") -> dict[str, int]:
+    strides = [128 // f.shape[2] for f in self.features(Tensor.empty(1, 3, 128, 128), layer)]   # only shapes: nothing is computed
+    return {f"{'P' if layer == 'pyramid' else 'C'}{stride.bit_length() - 1}": stride for stride in strides}
+
+  def candidates(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    known = self.facts
+    if known.decode != "sides":
+      boxes, _, scores = decoding.decode_anchors(outputs, self.anchors(), known.strides, known.scale_xy or None)
+      return self.of_classes(scores), boxes
+    box, classes = outputs[-2:] if known.end2end else outputs[:2]
+    sides = box if known.bins == 1 else decoding.expected_sides(box, known.bins)
+    return self.of_classes(classes.sigmoid().transpose(1, 2)), decoding.decode_sides(sides, canvas, known.strides)
+
+  def anchors(self) -> Tensor:
+    """w, h in pixels f32 [levels,3,2]: the file's own where it has some. Of constants, as a captured graph has no host to ask."""
+    def numbers(values: Iterable[float]) -> Tensor: return Tensor.stack(*(Tensor(float(v)) for v in values))
+    head = self.network.model[-1]
+    if not hasattr(head, "anchors"): return numbers(v for level in self.facts.anchors for v in level).reshape(-1, 3, 2)
+    return head.anchors.float() * numbers(self.facts.strides).reshape(-1, 1, 1)
+
+  def detect(self, outputs: Outputs, canvas: Canvas, sizes: np.ndarray, origins: np.ndarray | None = None, hidden: Tensor | None = None,
+             **options: Any) -> Detections:
+    options = self.options(options)
+    if options["nms_threshold"] is not None: return super().detect(outputs, canvas, sizes, origins, hidden, **options)
+    scores, boxes = self.candidates(outputs, canvas)   # a one-to-one head
+    if hidden is not None: scores = (hidden < 0).where(0, scores)
+    return decoding.best(boxes, scores, options.get("max_detections", 300), options.get("score_threshold", 0.05))
+
+  def level_of(self, row: int, canvas: Canvas) -> str:
+    each = 1 if self.facts.decode == "sides" else 3
+    ends = np.cumsum([each * (canvas[0] // stride) * (canvas[1] // stride) for stride in self.facts.strides])
+    return f"P{self.facts.strides[int(np.searchsorted(ends, row, side='right'))].bit_length() - 1}"
+
+  def freeze(self, trainable_layers: int) -> None:
+    network, fixed = self.network, 5 - trainable_layers
+    if hasattr(network, "detect"):
+      stages = [getattr(network.backbone, name) for name in ("stem", *(f"ERBlock_{i}" for i in range(2, 6)))]
+    else:   # a stage is the layers of a resolution
+      x, stages = Tensor.empty(1, 3, 128, 128), [[] for _ in range(5)]
+      outputs = network.run(x, network.backbone)
+      for number in range(network.backbone): stages[(128 // outputs[number].shape[2]).bit_length() - 2].append(network.model[number])
+    for stage in stages[:fixed]:
+      for tensor in get_parameters(stage): tensor.is_param_(False)
+
+  @property
+  def stages(self) -> Mapping[str, tuple[str, ...]]:
+    if hasattr(self.network, "detect"): return {"head": ("detect.",), "neck": ("neck.",), "backbone": ("backbone.",)}
+    last, body = len(self.network.model) - 1, self.network.backbone
+    def names(first: int, end: int) -> tuple[str, ...]: return tuple(f"model.{number}." for number in range(first, end))
+    parts = {"head": names(last, last + 1), "neck": names(body, last), "backbone": names(0, body)}
+    return {name: parts[name] for name in parts if name != "head" or self.facts.decode != "darknet"}
+
+  def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return yolo.init_rule(self.name, key, shape)
+
+  def fold(self) -> None: fold(self.network)
+
+
+def build(name: str, num_classes: int = 80, **options: Any) -> Yolo:
+  """The detector `name`, one of `NAMES`; options are those of `Yolo`."""
+  return Yolo(name, num_classes, **options)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str, Any]] | None:
+  """Name, number of classes and options for `build` of the network whose tensors have these names and shapes; None if it is no YOLO."""
+  found = yolo.recognise(shapes)
+  return None if found is None else (*found, {})

@@ -1,0 +1,201 @@
+"""A run, from its settings to its last line: folder, lock, record, checkpoints, signals and report, as one object on every rank."""
+import contextlib, math, os, sys, time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+import numpy as np
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+from tinydet.config import as_dict, describe, differences, named_sources, parse, recall
+from tinydet.errors import UserError, exit_on_user_error
+from tinydet.reporting import report
+from tinydet.reporting.tracking import Tracker, Untracked, duration, warn
+from tinydet.runtime.device import require_device
+from tinydet.runtime.devices import devices, replicate, take_devices
+from tinydet.runtime.mpi import Ranks, join
+from tinydet.runtime.signals import Signals
+from tinydet.training.find_lr import find_lr
+from tinydet.training.loop import Step, make_step, train
+from tinydet.training.numerics import first_not_finite
+from tinydet.training.optim import Optimizer
+from tinydet.training.resume import Checkpoints, find_run, open_run, restore, run_name
+from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer
+
+Config = TypeVar("Config", bound=TrainerConfig)
+
+
+def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], main: Callable[[Config, "Run"], None], embedded: str,
+           network: str, score: str = "mAP") -> None:
+  """The whole of a trainer but its `main(config, run)`: settings of all sources, the ranks, the device.
+
+  `presets` has "demo", the default where `--data` is an `embedded` data set, and "folder", the default elsewhere. `network` is the setting that names
+  the network, for the run's own name, `score` the series that ranks its evaluations."""
+  started = time.monotonic()
+  with exit_on_user_error(), join() as ranks:
+    config = settings(config_class, presets, embedded, network, ranks.rank == 0)
+    config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
+    with named_sources(config):
+      take_devices(ranks, config.gpus)
+      require_device()
+      with contextlib.closing(Run(config, ranks, getattr(config, network), started, score)) as run: main(config, run)
+
+
+def settings(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], embedded: str, network: str, resumes: bool = True) -> Config:
+  """The settings of this program from the command line and the environment; of a run that is resumed, if this rank `resumes`, from its own record
+  where neither says."""
+  read = partial(parse, config_class, presets, sys.argv[1:], os.environ)
+  config = read("demo")
+  if config.data.partition(":")[0] != embedded: config = read("folder")
+  if not resumes: return config
+  with named_sources(config): folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, getattr(config, network)))
+  if folder is None or not (folder / "config.json").is_file(): return config
+  return read(kept=recall(config_class, folder / "config.json"))
+
+
+class Run:
+  """One run of a trainer. Each of `ranks` has its own; rank 0 alone writes.
+
+  `config` is the trainer's, `network` the name that the run is called after, `score` the series that ranks its evaluations. `resumed` is the metadata
+  of the checkpoint that it goes on from: None for a new run, {} for one that begins again in its folder. UserError for settings that do not go
+  together, and where the folder is taken or nothing is there to resume."""
+  def __init__(self, config: Any, ranks: Ranks, network: str, started: float, score: str = "mAP"):
+    self.config, self.ranks, self.score, self.started = config, ranks, score, started
+    if config.find_lr and (config.resume or ranks.size > 1):
+      raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
+    check_batch_size(config, ranks)
+    self.gpus, self.signals = devices(config.gpus), Signals(ranks)
+    self.folder, self._lock, self._state, self.resumed = Path(os.devnull), None, {}, None
+    name = run_name(config.run_name, config.data, network)
+    if ranks.rank == 0: self.folder, self._lock, self._state, self.resumed = open_run(config.resume, config.out, name)
+    self.resumed = ranks.broadcast(self.resumed)
+    self.tracker: Any = None
+    self.checkpoints: Checkpoints | None = None
+    self.about: dict[str, Any] = {}
+    self._closing = contextlib.ExitStack()
+
+  # ---- what it starts from
+
+  def check_data(self, train_set: Any, steps_per_epoch: int) -> None:
+    """UserError where the data are not those of the run that is resumed: other classes, or epochs of another length."""
+    if not self.resumed: return
+    where, known, now = f"--resume {self.config.resume}", self.resumed.get("class_names"), list(train_set.class_names)
+    if known and list(known) != now:
+      raise UserError(f"{where}: the run learnt {', '.join(known)}, the data now names {', '.join(now)}: put the data back as it was, or start a new "
+                      f"run with --weights {self.folder}")
+    ids = self.resumed.get("category_ids")
+    if ids and list(ids) != list(train_set.category_ids):
+      raise UserError(f"{where}: the data now gives its classes the ids {', '.join(map(str, train_set.category_ids))}, not "
+                      f"{', '.join(map(str, ids))}: put the data back as it was")
+    length = self.resumed.get("steps_per_epoch", steps_per_epoch)
+    if length != steps_per_epoch:
+      raise UserError(f"{where}: an epoch of the run has {length} steps, with this data and --bs {self.config.bs} it has {steps_per_epoch}: resume "
+                      f"with the settings of before, or start a new run with --weights {self.folder}")
+
+  def prepare(self, network: Any, steps_per_epoch: int) -> tuple[Optimizer, list[Tensor]]:
+    """The optimiser and the buffers of `network`: restored where the run is resumed, the same on all ranks, and on all devices."""
+    tensors = get_state_dict(network)
+    optimizer = make_optimizer(self.config, {key: t for key, t in tensors.items() if t.is_param}, steps_per_epoch)
+    if self.resumed and self.ranks.rank == 0: restore(network, optimizer, self._state, self.config.resume)
+    self._state = {}
+    self.ranks.spread([*tensors.values(), *optimizer.state().values()])
+    replicate([*tensors.values(), *optimizer.state().values()], self.gpus)
+    return optimizer, [t for t in tensors.values() if not t.is_param]
+
+  def make_step(self, losses: Callable[..., dict[str, Tensor]], optimizer: Optimizer, buffers: list[Tensor]) -> Step:
+    """The step of `loop.make_step` with this run's settings."""
+    return make_step(losses, optimizer, buffers, self.config.accumulate, self.resumed["step"] if self.resumed else 0, self.ranks, self.config.wire)
+
+  # ---- while it goes on
+
+  def open(self, network: Any, optimizer: Optimizer, about: dict[str, Any], headline: list[str], steps_per_epoch: int) -> None:
+    """Begin the record and the checkpoints, whose metadata is `about`, and print what the run is: `headline`, settings, folder."""
+    config = self.config
+    finished = bool(self.resumed) and self.resumed["step"] >= config.epochs * steps_per_epoch
+    if finished: print(f"note: the run in {self.folder} is finished, so nothing is trained and its settings stay; --epochs "
+                       f"{config.epochs + 1} or more would go on with it")
+    elif self.resumed and (changed := differences(recall(type(config), self.folder / "config.json"), config) if self.ranks.rank == 0 else ""):
+      print(f"note: resumed with other settings: {changed}")
+    self.tracker = Untracked() if self.ranks.rank else Tracker(
+      self.folder, None if finished else as_dict(config), project=config.project, score=self.score, target=config.target, mode=config.wandb,
+      resume=self.resumed, lock=self._lock, tags=config.tags, group=config.group, artifacts=config.artifacts)
+    self.folder = self.tracker.folder
+    best = f"best_{self.score}"
+    self.about = about | {"config": as_dict(config), "run_id": self.tracker.id, best: self.resumed[best] if self.resumed else -1.0}
+    self.checkpoints = Checkpoints(self.folder, network, optimizer, self.about, keep=config.keep, every_steps=config.save_steps,
+                                   every_minutes=config.save_minutes, ranks=self.ranks)
+    for line in headline: print(line)
+    print(f"settings: {describe(config) or 'the defaults'}")
+    if self.ranks.rank == 0: report.save_environment(self.folder, config.sources)
+    self.update_report()
+    print(f"run: {self.folder}   (the first step compiles: up to a minute on a processor)")
+
+  def find_lr(self, optimizer: Optimizer, step: Step, loader: Any, to_device: Callable) -> None:
+    """Sweep the learning rate in place of training."""
+    with contextlib.closing(loader): find_lr(self.folder, self.config.find_lr, optimizer, step, loader, to_device, as_dict(self.config))
+
+  def train(self, network: Any, losses: Callable, step: Step, loader: Any, to_device: Callable, after_epoch: Callable, **options: Any) -> int:
+    """`loop.train` with this run's settings; returns the steps done."""
+    explain = partial(first_not_finite, network, losses) if self.config.debug_numerics else lambda *_: ""
+    return train(step, loader, to_device, self.tracker, self.checkpoints, self.signals, epochs=self.config.epochs, start=self.resumed or None,
+                 log_every=self.config.log_every, max_skipped=self.config.max_skipped, after_epoch=after_epoch, explain=explain, ranks=self.ranks,
+                 **options)
+
+  @property
+  def best(self) -> float: return self.about[f"best_{self.score}"]
+
+  @property
+  def reached(self) -> bool:
+    """Whether the best score is at the target."""
+    return self.config.target is not None and self.best >= self.config.target
+
+  @property
+  def ends(self) -> bool:
+    """Whether the run is to end at its target, and is there."""
+    return self.config.stop_at_target and self.reached
+
+  def keep_if_best(self, value: float, epoch: int, step: int, weights: dict[str, np.ndarray] | None = None) -> None:
+    """Keep `weights`, by default those of now, where the score `value` is the best so far. Weights that are not finite are never the best."""
+    if not value > self.best: return
+    weights = self.checkpoints.weights() if weights is None else weights
+    if bad := [key for key, array in weights.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
+      warn(f"epoch {epoch}: {bad[0]} is not finite: these weights are not kept as the best")
+      return
+    self.about[f"best_{self.score}"] = value
+    self.checkpoints.keep_best({"epoch": epoch, "step": step, self.score: value}, self.config.save_half, weights)
+    self.tracker.improved()
+
+  def update_report(self, record: Callable[[], None] | None = None) -> None:
+    """Write the report anew, after `record()`; a failure is said and costs the report alone."""
+    if self.ranks.rank == 0 and (why := report.update(self.folder, *([record] if record else []))): print(f"note: {why}")
+
+  # ---- its end
+
+  def conclude(self, label: str, values: dict[str, float]) -> None:
+    """The last lines of a run that came to its end, and its summary."""
+    self.checkpoints.finish()
+    target = "" if self.config.target is None else f"; target {self.config.target:.4f}: {'reached' if self.reached else 'missed'}"
+    print(f"best {label} {self.best:.4f}{target}; {duration(time.monotonic() - self.started)} in all" if self.best >= 0 else
+          f"no {label}: nothing could be scored; {duration(time.monotonic() - self.started)} in all")
+    kept = [self.folder / "best.safetensors", *sorted(self.folder.glob("checkpoint-*.safetensors"), key=lambda p: p.stat().st_mtime)[-1:]]
+    weights = next((path for path in kept if path.is_file()), None)
+    print(f"pictures: {self.folder / 'pictures'}" + (f"   weights: {weights}" if weights else ""))
+    self.tracker.summary({f"final/{key}": value for key, value in values.items() if math.isfinite(value)} |
+                         {"minutes": (time.monotonic() - self.started) / 60})
+
+  def at_end(self, close: Callable[[], None]) -> None:
+    """Have `close` called when the run ends, however it does."""
+    self._closing.callback(close)
+
+  def close(self) -> None:
+    """End the record, whatever ended the run."""
+    with contextlib.ExitStack() as last:
+      if self.tracker is not None:
+        last.callback(self.tracker.finish)
+        last.callback(self._report)
+        last.callback(self.checkpoints.wait)
+      elif self._lock is not None: last.callback(self._lock.close)
+      last.callback(self._closing.close)
+
+  def _report(self) -> None:
+    if self.ranks.rank == 0: print(report.update(self.folder) or f"report: {self.folder / 'report.html'}")
