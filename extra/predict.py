@@ -121,7 +121,7 @@ class Predictor:
     """What is found on a batch u8 [batch_size,H,W,3] of canvases, in their pixels; `sizes` and `origins` int [batch_size,2] tell where the pictures
     are. `hidden` and `options` are those of `Detector.detect`; `seconds` collects time as for `stream`."""
     canvas, seconds = images.shape[1:3], Counter() if seconds is None else seconds
-    with lock:   # from here the device's memory is this thread's, until what was found is copied off
+    with lock:   # the device's memory is this thread's, until what was found is copied off
       kind, begun = "network" if canvas in self._compiled else "compiling", time.monotonic()
       if canvas not in self._compiled: self.place([canvas])
       self._compiled.add(canvas)
