@@ -35,7 +35,7 @@ class Toy(Detector):
 
   def init_rule(self, key, shape): return init.kaiming_uniform if key.endswith("weight") else init.constant(0)
   def levels(self, layer="backbone"): return {"C3": 8}
-  def features(self, x, layer="backbone"): return [x.sequential([self.network.stem[0], Tensor.relu, self.network.stem[1]]).relu()]
+  def features(self, x, layer="backbone"): return [x.sequential([self.network.stem[0], Tensor.relu, self.network.stem[1]]).relu().dropout(0.1)]
   def head(self, features, layer="backbone"): return (self.network.out(features[0]).flatten(2).transpose(1, 2),)
 
   def candidates(self, outputs, canvas):
