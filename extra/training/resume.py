@@ -64,6 +64,7 @@ class Checkpoints:
     """Return when nothing is being written."""
     if self._thread is not None: self._thread.join()
     self._thread = None
+    if self._failure is not None and not isinstance(self._failure, UserError | OSError): raise self._failure
 
   def finish(self) -> None:
     """Wait; UserError where the last checkpoint could not be written."""
@@ -78,6 +79,7 @@ class Checkpoints:
     except (UserError, OSError) as e:
       self._failure = e
       warn(f"{e}: the run goes on, the checkpoint before stays")
+    except BaseException as e: self._failure = e   # a fault of ours, for `wait` to raise
 
 
 def run_name(name: str | None, data: str, backbone: str) -> str:
