@@ -2,6 +2,7 @@ from pathlib import Path
 from setuptools import setup
 
 DISTRIBUTED = ["mpi4py>=4.1; sys_platform != 'win32'", "mpich>=4.3; sys_platform != 'win32'"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 MLPERF = ["mlperf-logging>=4.1.68"]
 NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
@@ -30,10 +31,11 @@ setup(
                   # opens reports in the system's Chromium, where there is one (test/test_report.py)
                   "browser": ["playwright>=1.50"],
                   "mlperf": MLPERF,   # --mlperf-log
+                  "onnx": ONNX,   # examples/export.py
                   # runs examples/retinanet.ipynb; any editor or Jupyter shows it
                   "notebook": NOTEBOOK,
                   "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.5", "av>=15.1",
-                           *MLPERF, *NOTEBOOK, *DISTRIBUTED],
+                           *MLPERF, *NOTEBOOK, *ONNX, *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py and the peer of examples/bench_retinanet.py --torch; nothing else imports it
                   "torch": ["torch==2.13.0", "torchvision==0.28.0"]},
 )

@@ -1,0 +1,113 @@
+"""ONNX files of detectors, run in onnxruntime: the numbers are the detector's own, for any number of pictures; what is not the same is not kept."""
+import importlib.util, json, sys
+from pathlib import Path
+import numpy as np, pytest
+from tinydet import detectors, export
+from tinydet.config import parse
+from tinydet.datasets.shapes import Shapes
+from tinydet.errors import UserError
+from yolo_golden import fill
+
+onnxruntime = pytest.importorskip("onnxruntime")
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("program_export", ROOT / "examples" / "export.py")
+spec.loader.exec_module(program := importlib.util.module_from_spec(spec))
+OPTIONS = {"score_threshold": 0.05, "nms_threshold": None, "max_detections": 300}
+
+
+def session(path): return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run(path, images):
+  found = session(path)
+  return dict(zip([output.name for output in found.get_outputs()], found.run(None, {"images": images})))
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo12n", "yolo26n", "yolov4-tiny", "yolov6n", "yolov7"])
+def test_every_kind_of_network(name, tmp_path):
+  detector = detectors.build(name, 80 if name == "yolov4-tiny" else 3)
+  fill(detector.network)
+  images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+  with export.write_onnx(tmp_path / "x.onnx", detector, (64, 96), detector.about(), outputs="decoded", **OPTIONS): pass
+  ours, found = detector.predict(images), run(tmp_path / "x.onnx", images)
+  size = np.abs(ours.boxes[..., 2:] - ours.boxes[..., :2]).max(-1)
+  assert (np.abs(found["boxes"] - ours.boxes).max(-1) <= 1e-3 * size + 0.05).all()
+  np.testing.assert_allclose(found["scores"], ours.scores, atol=2e-4)
+  one = run(tmp_path / "x.onnx", images[1:2])
+  np.testing.assert_allclose(one["scores"], found["scores"][1:2], atol=1e-5)
+  assert (found["scores"][0] != found["scores"][1]).any()
+
+
+@pytest.mark.parametrize("preprocess", [True, False])
+@pytest.mark.parametrize("outputs", ["raw", "decoded", "detections"])
+def test_the_shipped_detector(outputs, preprocess, tmp_path):
+  detector, about, _ = detectors.open_detector("shapes")
+  images = np.stack([Shapes("val", 1, size=128, count=3)[i].image for i in range(3)])
+  options = {"outputs": outputs, "preprocess": preprocess, **OPTIONS}
+  with export.write_onnx(tmp_path / "x.onnx", detector, (128, 128), about, **options) as partial:
+    assert export.compare(partial, detector, images[0], **options) < 1e-4
+  assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
+  found = session(tmp_path / "x.onnx")
+  shape = found.get_inputs()[0].shape
+  assert shape == (["batch", 128, 128, 3] if preprocess else ["batch", 3, 128, 128])
+  known = json.loads(found.get_modelmeta().custom_metadata_map["tinydet"])
+  assert known["class_names"] == about["class_names"] and known["model"] == detector.name
+  if outputs != "detections": return
+  from tinygrad import Tensor
+  rows = run(tmp_path / "x.onnx", images if preprocess else detector.prepare(Tensor(images)).numpy())["detections"]
+  own = detector.detect(detector.infer(Tensor(images).realize()), (128, 128), np.full((3, 2), 128), score_threshold=0.05)
+  for i in range(3):
+    mine = rows[rows[:, 0] == i]
+    mine = mine[np.argsort(-mine[:, 5], kind="stable")]
+    n = own.counts[i]
+    assert len(mine) == n
+    np.testing.assert_allclose(mine[:, 5], own.scores[i, :n], atol=1e-5)
+    assert sorted(mine[:, 6].astype(int)) == sorted(own.labels[i, :n].tolist())
+    for row in mine[:5]:   # boxes are not cut at the picture's border in the file
+      near = np.abs(row[1:5].clip(0, 128) - own.boxes[i, :n]).max(1)
+      assert near.min() < 1e-2
+
+
+def test_a_one_to_one_head_needs_no_suppression(tmp_path):
+  detector = detectors.build("yolov10n", 3)
+  fill(detector.network)
+  images = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+  options = {"outputs": "detections", "preprocess": True, "score_threshold": 0.1, "nms_threshold": None, "max_detections": 300}
+  with export.write_onnx(tmp_path / "x.onnx", detector, (64, 96), {}, **options) as partial: export.compare(partial, detector, images[0], **options)
+  rows, candidates = run(tmp_path / "x.onnx", images)["detections"], detector.predict(images)
+  assert len(rows) == (candidates.scores > 0.1).sum() > 5
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path):
+  detector, about, _ = detectors.open_detector("shapes")
+  image = Shapes("val", 1, size=128, count=1)[0].image
+  with pytest.raises(UserError, match=r"off by .* the file is not kept"), \
+       export.write_onnx(tmp_path / "x.onnx", detector, (128, 128), about, **OPTIONS) as partial:
+    head = detector.network.head.regression_head.bbox_reg
+    head.bias.assign(head.bias + 1).realize()
+    export.compare(partial, detector, image, outputs="decoded", preprocess=True, **OPTIONS)
+  assert not list(tmp_path.iterdir())
+
+
+def export_with(*flags): program.main(parse(program.Config, {}, [str(flag) for flag in flags], {}))
+
+
+def test_the_program(tmp_path, capsys):
+  export_with("--out", tmp_path / "a.onnx", "--size", "64x96", "--outputs", "detections")
+  assert "a.onnx: retinanet_resnet10_quarter_fpn, " in capsys.readouterr().out and (tmp_path / "a.onnx").stat().st_size > 1e6
+  export_with("--out", tmp_path / "a.pth", "--half")
+  assert "116 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+  (["--out", "x.tflite"], r"--out .*x\.tflite: end it with \.onnx"), (["--out", "none/x.onnx"], r"cannot write .*none"),
+  (["--out", "x.onnx", "--check", "gone.png"], "gone.png: cannot be read"), (["--out", "x.onnx", "--outputs", "boxes"], "one of raw, decoded")])
+def test_bad_input_is_one_line(flags, message, tmp_path):
+  with pytest.raises(UserError, match=message): export_with("--out", tmp_path / flags[1], *flags[2:])
+  assert not list(tmp_path.iterdir())
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "onnx", None)
+  with pytest.raises(UserError, match=r"needs the package onnx: pip install onnx onnxruntime"): export_with("--out", tmp_path / "x.onnx")
+  assert not list(tmp_path.iterdir())
