@@ -4,6 +4,7 @@ import numpy as np, pytest
 from tinygrad import Context, Device, Tensor, codegen, dtypes
 from tinygrad.engine import realize
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
+from tinydet.nn import conv_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.runtime.graphs import jit
 
@@ -150,3 +151,15 @@ def test_silu_inside_the_convolution(shape, stride, groups):
     results.append([t.numpy() for t in (out, *(out * Tensor(upstream)).sum().gradient(*tensors))])
   for a, b in zip(*results): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max())
   assert results[0][0].min() > -0.2785
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 3, 4, 7, 8, 11)], ids=str)
+def test_what_devices_other_than_processors_compute(case, monkeypatch):
+  """Without the kernels in C: both gradients as convolutions, strides by phases."""
+  monkeypatch.setattr(conv_cpu, "fits", lambda x, weight: False)
+  *_, stride, padding, groups = case
+  x, w, bias, r, out, back = draw(case)
+  tensors = [Tensor(a) for a in (x, w, bias)]
+  ours = conv2d(*tensors, stride, padding, groups)
+  Tensor.realize(*(found := [ours, *(ours * Tensor(r)).sum().gradient(*tensors)]))
+  for a, expected in zip(found, [out, *back(r)], strict=True): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=2e-5)

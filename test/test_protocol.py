@@ -35,7 +35,7 @@ class Toy(Detector):
 
   def init_rule(self, key, shape): return init.kaiming_uniform if key.endswith("weight") else init.constant(0)
   def levels(self, layer="backbone"): return {"C3": 8}
-  def features(self, x, layer="backbone"): return [x.sequential([self.network.stem[0], Tensor.relu, self.network.stem[1]]).relu()]
+  def features(self, x, layer="backbone"): return [x.sequential([self.network.stem[0], Tensor.relu, self.network.stem[1]]).relu().dropout(0.1)]
   def head(self, features, layer="backbone"): return (self.network.out(features[0]).flatten(2).transpose(1, 2),)
 
   def candidates(self, outputs, canvas):
@@ -158,3 +158,13 @@ def test_it_is_explained_and_checked(family, program, tmp_path):
 def test_names_that_no_family_knows():
   with pytest.raises(ValueError, match=r"'retinanet_resnet5_fpn' is no detector; did you mean .*retinanet_resnet50_fpn"):
     detectors.build("retinanet_resnet5_fpn", 3)
+
+
+def test_pictures_are_prepared_as_the_weights_say(family, tmp_path):
+  tensors, about = checkpoint.load(family / "best.safetensors")
+  checkpoint.save(tmp_path / "other.safetensors", tensors, about | {"input": about["input"] | {"mean": [0.1] * 3, "fill": [200] * 3}})
+  usual, other = (detectors.open_detector(str(path))[0] for path in (family, tmp_path / "other.safetensors"))
+  assert (other.preprocessing.mean, other.fit((64, 64)).fill) == ((0.1,) * 3, (200,) * 3)
+  images = np.full((1, 64, 64, 3), 128, np.uint8)
+  assert abs(usual.prepare(Tensor(images)).numpy() - (128 / 255 - 0.5) / 0.25).max() < 1e-6
+  assert abs(other.prepare(Tensor(images)).numpy() - (128 / 255 - 0.1) / 0.25).max() < 1e-6

@@ -10,6 +10,7 @@ from tinygrad.helpers import to_tuple
 from tinydet.errors import UserError
 from tinydet.runtime.graphs import in_place, jit
 from tinydet.training.optim import Optimizer
+from tinydet.runtime.memory import out_of_memory
 from tinydet.runtime.mpi import ALONE, WIRES, Exchange, Ranks
 from tinydet.training.resume import Checkpoints
 from tinydet.runtime.signals import Signals, Stopped
@@ -301,7 +302,7 @@ def memory_error_explained(batch_size: int) -> Iterator[None]:
   """A device or host that runs out of memory inside is a UserError that says what to do."""
   try: yield
   except (MemoryError, RuntimeError, OSError) as e:
-    if not isinstance(e, MemoryError) and "memory" not in str(e).lower(): raise
+    if not out_of_memory(e): raise
     half = f"--bs {batch_size // 2} with --accumulate 2 learns the same" if batch_size > 1 else "choose a smaller --size or --backbone"
     raise UserError(f"memory ran out at --bs {batch_size}, with {GlobalCounters.mem_used / 1e9:.1f} GB in use on the device: {half}") from e
 

@@ -9,14 +9,15 @@ from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint
 from tinydet.training.optim import Optimizer
 from tinydet.runtime.mpi import ALONE, Ranks
+from tinydet.runtime import random
 from tinydet.runtime.lock import claim
 from tinydet.reporting.tracking import warn
 from tinydet.weights.weights import save_weights
 
 
 class Checkpoints:
-  """The checkpoints of one run, `folder`/checkpoint-<step>.safetensors: weights as `model.`, optimiser state as `optimizer.`, metadata `about` and
-  what `save` is given.
+  """The checkpoints of one run, `folder`/checkpoint-<step>.safetensors: weights as `model.`, optimiser state as `optimizer.`, random numbers as
+  `random.`, metadata `about` and what `save` is given.
 
   They are due every `every_steps` steps and every `every_minutes` minutes, 0 meaning never; the last `keep` stay. A checkpoint is copied off the
   device at once and written by a thread; one that cannot be written is reported, and the run goes on. Each of `ranks` has its object and calls
@@ -43,7 +44,7 @@ class Checkpoints:
     if self.ranks.rank: return
     self.wait()
     # copied, since a device whose memory is the host's may lend it
-    arrays = {key: np.array(t.numpy()) for key, t in self.tensors.items()}
+    arrays = {key: np.array(t.numpy()) for key, t in self.tensors.items()} | random.state()
     self._thread = threading.Thread(target=self._write, args=(step, arrays, self.about | progress | {"step": step}), name="checkpoint")
     self._thread.start()
 
@@ -63,6 +64,7 @@ class Checkpoints:
     """Return when nothing is being written."""
     if self._thread is not None: self._thread.join()
     self._thread = None
+    if self._failure is not None and not isinstance(self._failure, UserError | OSError): raise self._failure
 
   def finish(self) -> None:
     """Wait; UserError where the last checkpoint could not be written."""
@@ -77,6 +79,7 @@ class Checkpoints:
     except (UserError, OSError) as e:
       self._failure = e
       warn(f"{e}: the run goes on, the checkpoint before stays")
+    except BaseException as e: self._failure = e   # a fault of ours, for `wait` to raise
 
 
 def run_name(name: str | None, data: str, backbone: str) -> str:
@@ -128,7 +131,7 @@ def load_newest(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
 def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], name: str) -> None:
   """Put the tensors of a checkpoint back into `model` and `optimizer`; UserError, naming the run as `name`, where they are of another network."""
   wanted = {f"model.{k}": t for k, t in get_state_dict(model).items()} | {f"optimizer.{k}": t for k, t in optimizer.state().items()}
-  if odd := sorted(wanted.keys() ^ tensors.keys()):
+  if odd := sorted(wanted.keys() ^ {key for key in tensors if not key.startswith("random.")}):
     raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")

@@ -11,10 +11,11 @@ from tinydet.config import as_dict, describe, differences, named_sources, parse,
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.reporting import report
 from tinydet.reporting.tracking import Tracker, Untracked, duration, warn
+from tinydet.runtime import random
 from tinydet.runtime.device import require_device
 from tinydet.runtime.devices import devices, replicate, take_devices
 from tinydet.runtime.mpi import Ranks, join
-from tinydet.runtime.signals import Signals
+from tinydet.runtime.signals import Signals, before_the_loop
 from tinydet.training.find_lr import find_lr
 from tinydet.training.loop import Step, make_step, train
 from tinydet.training.numerics import first_not_finite
@@ -32,7 +33,7 @@ def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]],
   `presets` has "demo", the default where `--data` is an `embedded` data set, and "folder", the default elsewhere. `network` is the setting that names
   the network, for the run's own name, `score` the series that ranks its evaluations."""
   started = time.monotonic()
-  with exit_on_user_error(), join() as ranks:
+  with exit_on_user_error(), before_the_loop(), join() as ranks:
     config = settings(config_class, presets, embedded, network, ranks.rank == 0)
     config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
     with named_sources(config):
@@ -96,7 +97,10 @@ class Run:
     """The optimiser and the buffers of `network`: restored where the run is resumed, the same on all ranks, and on all devices."""
     tensors = get_state_dict(network)
     optimizer = make_optimizer(self.config, {key: t for key, t in tensors.items() if t.is_param}, steps_per_epoch)
+    random.seed(self.config.seed, self.ranks.rank)
     if self.resumed and self.ranks.rank == 0: restore(network, optimizer, self._state, self.config.resume)
+    random.restore(self.ranks.broadcast({key: values for key, values in self._state.items() if key.startswith("random.")}), self.ranks.rank)
+    random.prepare(*self.gpus)
     self._state = {}
     self.ranks.spread([*tensors.values(), *optimizer.state().values()])
     replicate([*tensors.values(), *optimizer.state().values()], self.gpus)

@@ -6,14 +6,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from tinydet.errors import UserError
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "I8": "|i1", "BOOL": "|b1"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "|u1", "I8": "|i1", "BOOL": "|b1"}
 NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16"}
 MAX_HEADER, MAX_DIMENSIONS = 100_000_000, 16
 CHECKSUM = re.compile(rb'("tinydet_sha256":")([0-9a-f]{64})(")')
 
 
 def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: Any = None) -> None:
-  """Write tensors (float32, float16, int64, int32, uint8, int8 or bool) and metadata (any JSON value) to path in the safetensors format.
+  """Write tensors (float32, float16, int64, int32, uint32, uint8, int8 or bool) and metadata (any JSON value) to path in the safetensors format.
 
   The file appears whole or not at all: it is written beside path, flushed to the disk, and renamed over it, so whatever stops this leaves the old
   file. UserError where the disk refuses. Format: https://huggingface.co/docs/safetensors, metadata as JSON text under "tinydet".
