@@ -15,8 +15,9 @@ def make_folder(folder: Path) -> None:
   folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def belongs_to_user(file: Path | int) -> bool:
-  """Whether a file (a path or an open one's number) or folder is this user's, and nobody else may write to it. OSError where there is none."""
+def belongs_to_user(file: Path | int, group: bool = False) -> bool:
+  """Whether a file (a path or an open one's number) or folder is this user's, and nobody else may write to it, or nobody but its `group`, which on
+  many systems is the user's alone. OSError where there is none."""
   if not hasattr(os, "getuid"): return True   # Windows keeps the folders of users apart itself
   about = os.stat(file)
-  return about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+  return about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWOTH if group else stat.S_IWGRP | stat.S_IWOTH)

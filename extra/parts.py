@@ -13,7 +13,8 @@ def take(*places: str, instead: str) -> tuple[Any, ...] | None:
       found.append(importlib.import_module(module))
       for attribute in filter(None, name.split(".")): found[-1] = getattr(found[-1], attribute)
     except (ImportError, AttributeError):
-      note(f"this tinygrad has no {place.replace(':', '.')}: {instead}")
+      whole = f"{module}.{name.partition('.')[0]}".rstrip(".")
+      note(f"this tinygrad has no {place.replace(':', '.')}: {instead}", about=whole)
       return None
   return tuple(found)
 
@@ -22,9 +23,9 @@ noted: set[str] = set()
 _lock = threading.Lock()
 
 
-def note(text: str) -> None:
-  """A line on stderr, once in a process, for what costs a run nothing but speed."""
+def note(text: str, about: str = "") -> None:
+  """A line on stderr for what costs a run nothing but speed; only the first one `about` the same in a process."""
   with _lock:
-    if text in noted: return
-    noted.add(text)
+    if (about := about or text) in noted: return
+    noted.add(about)
   print(f"note: {text}", file=sys.stderr, flush=True)

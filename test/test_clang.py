@@ -54,6 +54,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, folder):
   assert not list((tmp_path/"tmp").iterdir()), "what it wrote is gone"
 
 
+@pytest.mark.parametrize("spoilt", ["tinygrad", "tinygrad/cache.db"])
+def test_kernels_that_others_may_have_written_are_not_run(tmp_path, spoilt):
+  code = f"from tinydet.runtime import device; print(device.require_device()); {COMPUTES}"
+  assert not python(code, tmp_path, DEV="CPU").stderr
+  (tmp_path/"cache"/spoilt).chmod(0o777)
+  before = (tmp_path/"cache"/"tinygrad"/"cache.db").read_bytes()
+  run = python(code, tmp_path, DEV="CPU")
+  assert run.stdout.splitlines() == ["CPU", "[4.0, 7.0]"] and run.stderr.count("\n") == 1 and "can be written by everybody" in run.stderr
+  assert not python(code, tmp_path, DEV="CPU", CACHEDB=str(tmp_path/"cache"/"tinygrad"/"cache.db")).stderr, "named by the user"
+  assert before == (tmp_path/"cache"/"tinygrad"/"cache.db").read_bytes()
+
+
 def test_the_users_choice_of_compiler_stands(tmp_path):
   code = "from tinydet.runtime import clang; print(*clang.command())"
   assert python(code, tmp_path, CC="/some/clang").stdout.strip() == "/some/clang"

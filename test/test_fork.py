@@ -50,3 +50,10 @@ def test_a_device_is_not_used_on_both_sides(before, inside):
 def test_a_fork_made_before_has_its_own(inside):
   done = fork("nothing", inside)
   assert "child 0" in done.stdout and not done.stderr, done.stderr
+
+
+def test_a_graph_captured_in_a_fork_only_is_the_forks():
+  program = PROGRAM.replace("use(inside)", "use(inside); use(inside)")
+  command = [sys.executable, "-c", program, "nothing", "graph"]
+  done = subprocess.run(command, env=os.environ | {"DEV": "CPU"}, capture_output=True, text=True, check=True)
+  assert done.stdout.splitlines() == ["[2.0, 2.0, 2.0]"] * 2 + ["child 0"] and not done.stderr

@@ -2,6 +2,7 @@
 import atexit, ctypes, os, shutil, sqlite3, subprocess, tempfile
 from pathlib import Path
 from typing import Any
+from tinydet.cache import belongs_to_user
 from tinydet.errors import UserError
 from tinydet.runtime import clang, workers
 from tinydet.parts import note, take
@@ -54,18 +55,22 @@ def is_processor(device: Any) -> bool:
 
 
 def _keep_kernels() -> None:
-  """Give tinygrad a folder of this run's own for compiled kernels where it cannot write to the user's, for it would find no device then."""
+  """Give tinygrad a folder of this run's own for compiled kernels where it cannot write to the user's, for it would find no device then, or where
+  others can, for it would run what they put there. One that the user names by CACHEDB is not doubted."""
   parts = take("tinygrad.helpers", *(f"tinygrad.helpers:{name}" for name in ("CACHEDB", "CACHELEVEL", "db_connection", "_db_connection")),
                instead="it needs a cache folder that can be written")
   if parts is None or not parts[2]: return
-  helpers, file = parts[0], Path(parts[1])
+  helpers, file, reason = parts[0], Path(parts[1]), ""
   try:
     helpers.db_connection()
     if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)): raise PermissionError
-  except (OSError, sqlite3.Error):
+    if "CACHEDB" not in os.environ and not all(belongs_to_user(path, group=True) for path in (file.parent, file) if path.exists()):
+      reason = "is another user's or can be written by everybody"
+  except (OSError, sqlite3.Error): reason = "cannot be written"
+  if reason:
     folder = tempfile.mkdtemp(prefix="tinydet-")   # its owner's alone
     atexit.register(_remove, folder, os.getpid())
-    note(f"{file.parent} cannot be written: what is compiled is not kept for the next run; set XDG_CACHE_HOME to a folder that can be")
+    note(f"{file.parent} {reason}: what is compiled is not kept for the next run; set XDG_CACHE_HOME to a folder of your own")
     helpers.CACHEDB = f"{folder}/cache.db"
 
 

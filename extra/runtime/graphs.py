@@ -43,10 +43,10 @@ def jit(function: Callable) -> Callable:
   that the function uses has been replaced since, not assigned, the graph is captured anew. UserError in a fork of the process that captured it."""
   graphs: dict[tuple, tuple[TinyJit, list]] = {}
   workspaces: dict[tuple, UOp] = {}
-  owner = os.getpid()
+  owners: list[int] = []   # the process that captured them
 
   def call(*tensors: Tensor) -> Any:
-    if graphs: refuse_in_fork(owner)
+    if owners: refuse_in_fork(owners[0])
     with lock:
       key = (*((t.shape, t.dtype, t.device, t.uop.axis if isinstance(t.device, tuple) else None) for t in tensors), *(s.value for s in _settings))
       graph, used = graphs.get(key, (None, []))
@@ -55,7 +55,7 @@ def jit(function: Callable) -> Callable:
       random.prepare(*(device for t in tensors for device in (t.device if isinstance(t.device, tuple) else (t.device,))))
       alive = _alive()
       result, graph, buffers = _captured(function, tensors, workspaces)
-      graphs[key] = graph, _used(alive, buffers)
+      graphs[key], owners[:] = (graph, _used(alive, buffers)), [os.getpid()]
       return result
   return call
 

@@ -136,17 +136,21 @@ def serve(connection_file: int) -> None:
       connection.send_bytes(answer)
 
 
-_started: list[Workers] = []
+_started: list[Workers | None] = []
 _lock = threading.Lock()
 
 
 def workers() -> Workers | None:
-  """This process's workers, started at the first call, as many as tinygrad's PARALLEL says; None where that is 0, in a fork and on Windows,
-  where files cannot be passed on."""
+  """This process's workers, started at the first call, as many as tinygrad's PARALLEL says; None where that is 0, where they cannot be
+  started, in a fork, and on Windows, where files cannot be passed on."""
   if (parts := _parts()) is None or (count := parts[0].value) == 0 or sys.platform == "win32" or multiprocessing.current_process().daemon: return None
   with _lock:
-    if not _started: _started.append(Workers(count))
-  return _started[0] if _started[0].pid == os.getpid() else None
+    if not _started:
+      try: _started.append(Workers(count))
+      except OSError as e:
+        _started.append(None)
+        note(f"processes that compile kernels cannot be started ({e.strerror}): kernels are compiled one after another")
+  return _started[0] if _started[0] is not None and _started[0].pid == os.getpid() else None
 
 
 def use_in(module: ModuleType) -> None:
