@@ -31,6 +31,8 @@ def write_onnx(out: str | Path, detector: Detector, canvas: Canvas, about: Mappi
     found = detector.head(detector.features(detector.prepare(images) if preprocess else images))
     if outputs == "raw": return {f"output{i}": t.float() for i, t in enumerate(found)}
     scores, boxes = detector.candidates(found, canvas)
+    if outputs == "detections" and detector.options({}).get("clip", True):
+      boxes = boxes.maximum(0).minimum(Tensor(np.float32([canvas[1], canvas[0]] * 2)))
     return {"boxes": boxes.float(), "scores": scores.float().sigmoid() if detector.sigmoid else scores.float()}
   graph, results = to_onnx(function, shape, kind)
   if outputs == "detections":

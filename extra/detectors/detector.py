@@ -10,6 +10,7 @@ from tinydet.datasets.transforms import MEAN_GREY
 from tinydet.detection import postprocess
 from tinydet.errors import UserError
 from tinydet.models.preprocess import MEAN, STD, normalize
+from tinydet.runtime.graphs import jit, lock
 
 Canvas = tuple[int, int]       # height and width of the network's input
 Outputs = tuple[Tensor, ...]   # what the network gives; only its family knows their meaning
@@ -47,6 +48,7 @@ class Detector:
   recipe: ClassVar[Mapping[str, Any]] = {}             # its own defaults of a trainer's settings
   selection: Mapping[str, Any] = {}                    # its own defaults of `postprocess.select`; None for no suppression at all
   chosen: np.ndarray | None = None                     # f32 [own classes,K], where it is asked for others than its own (see `choose`)
+  _predict: Any = None                                 # what `predict` has captured
   stages: ClassVar[Mapping[str, tuple[str, ...]]] = {} # from the output down: a part's name -> how its tensors' names begin
 
   def fit(self, size: tuple[int, int], max_size: int = 0) -> Fit:
@@ -131,8 +133,14 @@ class Detector:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
       raise TypeError(f"a batch is u8 [B,H,W,3] RGB, not {images.dtype} {list(images.shape)}")
     self.fit(images.shape[2:0:-1])
-    scores, boxes = self.candidates(self.infer(Tensor(np.ascontiguousarray(images)).realize()), images.shape[1:3])
-    return Predicted(boxes.float().numpy(), (scores.float().sigmoid() if self.sigmoid else scores.float()).numpy())
+    for constant in self.constants(images.shape[1:3]): constant.realize()
+    with lock:   # until what was found is copied off
+      if self._predict is None: self._predict = jit(self._everything)
+      return Predicted(*(t.numpy() for t in self._predict(Tensor(np.ascontiguousarray(images)).realize())))
+
+  def _everything(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    scores, boxes = self.candidates(self.infer(images), images.shape[1:3])
+    return boxes.float().contiguous(), (scores.float().sigmoid() if self.sigmoid else scores.float()).contiguous()
 
   def fold(self) -> None:
     """Make the network faster for good, where there is a way: it computes the same, and is no longer for training."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 import numpy as np
-from tinygrad import Context, Tensor, dtypes
+from tinygrad import Context, Tensor, UOp, dtypes
 from tinygrad.dtype import _to_np_dtype
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import Ops
 from tinydet.nn import conv, pool
 
 BATCH = 4999   # a prime

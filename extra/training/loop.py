@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.dtype import DType
-from tinygrad.helpers import to_tuple
 from tinydet.errors import UserError
 from tinydet.runtime.graphs import in_place, jit
 from tinydet.training.optim import Optimizer
@@ -120,7 +119,9 @@ def _step_of_many(parts: _Parts, calls: Iterator[int], ranks: Ranks, wire: DType
 
   def fill(gradients: list[Tensor]) -> list[Tensor]:
     values = [*((g / ranks.size).cast(wire) for g in gradients), *(b / ranks.size for b in parts.moved)]
-    if not exchange: exchange.append(Exchange([(v.shape, v.dtype) for v in values], to_tuple(parts.params[0].device), ranks))
+    device = parts.params[0].device
+    devices = device if isinstance(device, tuple) else (device,)
+    if not exchange: exchange.append(Exchange([(v.shape, v.dtype) for v in values], devices, ranks))
     return [part.assign(value) for part, value in zip(exchange[0].tensors, values)]
 
   @jit
