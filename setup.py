@@ -17,7 +17,7 @@ setup(
   packages=["tinydet", *(f"tinydet.{folder.parent.name}" for folder in sorted((Path(__file__).parent/"extra").glob("*/__init__.py"))),
             "tinydet.programs"],
   package_dir={"tinydet": "extra", "tinydet.programs": "examples"},
-  package_data={"tinydet.models": ["*.safetensors"], "tinydet.reporting": ["*.jinja"]},
+  package_data={"tinydet": ["*.c"], "tinydet.models": ["*.safetensors"], "tinydet.reporting": ["*.jinja"]},
   entry_points={"console_scripts": ["tinydet = tinydet.commands:main"]},
   python_requires=">=3.11",
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/runtime/device.py

@@ -1,13 +1,14 @@
-"""A detector as an ONNX file, held against the detector itself."""
-import contextlib, json, os, secrets
+"""A detector as an ONNX file or in C, held against the detector itself."""
+import contextlib, ctypes, json, os, secrets, shutil, subprocess, tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Context, Tensor, dtypes
 from tinydet.detectors import Detector
 from tinydet.detectors.detector import Canvas
 from tinydet.errors import UserError
+from tinydet.runtime.c_source import c_program
 from tinydet.runtime.onnx_graph import Graph, model_of, to_onnx
 
 HINT = "pip install onnx onnxruntime, or pip install -e '.[onnx]'"
@@ -101,3 +102,63 @@ def compare(file: Path, detector: Detector, image: np.ndarray, *, outputs: str, 
   worst = max(float(np.abs(found[key] - value).max(initial=0) / max(np.abs(value).max(initial=0), 1.0)) for key, value in wanted.items())
   if not worst <= TOLERANCE: raise UserError(f"{file}: its outputs are off by {worst:.2g} of the largest number; the file is not kept")
   return worst
+
+
+def write_c(out: str | Path, detector: Detector, image: np.ndarray, nms_threshold: float | None = None) -> float | None:
+  """Write `detector`, for pictures of the canvas that `image` u8 [H,W,3] is on, as C to `out`, with what it learned beside it in a .bin.
+  The file has a function `run(weights, image, boxes, scores)` of the decoded candidates and, unless NO_MAIN is defined, a program that prints
+  the objects on a .ppm.
+
+  Returns how far its numbers on `image` are from the detector's own, in shares of the largest, or None where there is no compiler to try it with.
+  UserError where they are not the same or a file cannot be written; then neither is kept."""
+  out, canvas, batch = Path(out), image.shape[:2], Tensor(np.ascontiguousarray(image[None])).realize()
+  detector.fold()
+  for constant in detector.constants(canvas): constant.realize()
+
+  def function(images: Tensor) -> dict[str, Tensor]:
+    scores, boxes = detector.candidates(detector.head(detector.features(detector.prepare(images))), canvas)
+    return {"boxes": boxes.float(), "scores": scores.float().sigmoid() if detector.sigmoid else scores.float()}
+  with Context(TRAINING=0): program = c_program(function, batch)
+  wanted = detector.predict(image[None])
+  threshold = detector.options({"nms_threshold": nms_threshold}).get("nms_threshold", 0.5)
+  facts = {"HEIGHT": canvas[0], "WIDTH": canvas[1], "CANDIDATES": wanted.boxes.shape[1], "CLASSES": detector.num_classes,
+           "WEIGHTS": len(program.weights), "WEIGHTS_FILE": json.dumps(out.with_suffix(".bin").name),
+           "OVERLAP": 1.0 if threshold is None else threshold}
+  main = Path(__file__).with_name("export_main.c").read_text()
+  with _refused(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+    code, weights = Path(name) / "network.c", Path(name) / "network.bin"
+    code.write_text(program.code + "\n" + "".join(f"#define {key} {value}\n" for key, value in facts.items()) + main)
+    weights.write_bytes(program.weights)
+    worst = _compare_c(out, code, program.weights, image, dict(zip(("boxes", "scores"), wanted)))
+    os.replace(weights, out.with_suffix(".bin"))
+    os.replace(code, out)
+  return worst
+
+
+@contextlib.contextmanager
+def _refused(out: Path) -> Iterator[None]:
+  try: yield
+  except OSError as e: raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+
+
+def _compare_c(out: Path, code: Path, weights: bytes, image: np.ndarray, wanted: Mapping[str, np.ndarray]) -> float | None:
+  compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+  if compiler is None: return None
+  library = code.with_suffix(".so")
+  made = subprocess.run([compiler, "-O2", "-w", "-shared", "-fPIC", "-DNO_MAIN", str(code), "-o", str(library), "-lm"],
+                        check=False, capture_output=True, text=True)
+  if made.returncode: raise UserError(f"{out}: {compiler} refuses it: {made.stderr.strip()[:300]}")
+  found = {name: np.empty_like(value) for name, value in wanted.items()}
+  inputs = [_aligned(np.frombuffer(weights, np.uint8)), _aligned(np.ascontiguousarray(image).reshape(-1))]
+  ctypes.CDLL(str(library)).run(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*inputs, *found.values())))
+  worst = max(float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1.0)) for name, value in wanted.items())
+  if not worst <= TOLERANCE: raise UserError(f"{out}: its outputs are off by {worst:.2g} of the largest number; the file is not kept")
+  return worst
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+  """A copy of u8 [n] at a multiple of 64 bytes."""
+  room = np.empty(len(values) + 64, np.uint8)
+  start = -room.ctypes.data % 64
+  room[start:start + len(values)] = values
+  return room[start:start + len(values)]

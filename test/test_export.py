@@ -1,7 +1,8 @@
 """ONNX files of detectors, run in onnxruntime: the numbers are the detector's own, for any number of pictures; what is not the same is not kept."""
-import importlib.util, json, sys
+import importlib.util, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
+from PIL import Image
 from tinydet import detectors, export
 from tinydet.config import parse
 from tinydet.datasets.shapes import Shapes
@@ -108,4 +109,47 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "onnx", None)
   with pytest.raises(UserError, match=r"needs the package onnx: pip install onnx onnxruntime"): export_with("--out", tmp_path / "x.onnx")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+@pytest.mark.parametrize("name", ["yolov8n", "yolov4-tiny"])
+def test_c_of_networks(name, tmp_path):
+  detector = detectors.build(name, 80 if name == "yolov4-tiny" else 3)
+  fill(detector.network)
+  image = np.random.default_rng(2).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+  assert export.write_c(tmp_path / "x.c", detector, image) < 2e-4
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.c"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+def test_the_program_in_c_finds_what_the_detector_finds(tmp_path):
+  detector, _, _ = detectors.open_detector("shapes")
+  images = [Shapes("val", 1, size=128, count=2)[i].image for i in range(2)]
+  export.write_c(tmp_path / "x.c", detector, images[0])
+  subprocess.run(["gcc", "-O2", "-w", "x.c", "-o", "x", "-lm"], check=True, cwd=tmp_path)
+  from tinygrad import Tensor
+  for image in images:
+    Image.fromarray(image).save(tmp_path / "p.ppm")
+    printed = subprocess.run(["./x", "p.ppm", "x.bin", "0.3"], check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    rows = np.array([line.split() for line in printed.splitlines()], float)
+    own = detector.detect(detector.infer(Tensor(image[None]).realize()), (128, 128), np.full((1, 2), 128), score_threshold=0.3)
+    n = own.counts[0]
+    assert len(rows) == n > 0
+    np.testing.assert_allclose(rows[:, 1], own.scores[0, :n], atol=1e-4)
+    np.testing.assert_array_equal(rows[:, 0], own.labels[0, :n])
+    np.testing.assert_allclose(rows[:, 2:].clip(0, 128), own.boxes[0, :n], atol=0.01)
+  Image.fromarray(images[0][:100]).save(tmp_path / "p.ppm")
+  refused = subprocess.run(["./x", "p.ppm"], check=False, cwd=tmp_path, capture_output=True, text=True)
+  assert refused.returncode == 2 and "128x128" in refused.stderr
+
+
+def test_c_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  detector, _, _ = detectors.open_detector("shapes")
+  image = Shapes("val", 1, size=128, count=1)[0].image
+  with pytest.raises(UserError, match="cannot write"): export.write_c(tmp_path / "none" / "x.c", detector, image)
+  predict = detector.predict
+  monkeypatch.setattr(detector, "predict", lambda batch: type(found := predict(batch))(found.boxes + 9, found.scores))
+  if shutil.which("cc"):
+    with pytest.raises(UserError, match="not kept"): export.write_c(tmp_path / "x.c", detector, image)
   assert not list(tmp_path.iterdir())
