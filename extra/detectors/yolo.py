@@ -16,6 +16,7 @@ from tinydet.models import yolo
 from tinydet.models.fold import fold
 
 NAMES = yolo.NAMES
+TRAINABLE = tuple(name for name in NAMES if yolo.facts(name).decode == "sides")   # whose losses are here
 GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
 TOPK = 30_000            # of a picture's pairs of candidate and class that NMS looks at, as in the official programs
 
@@ -66,7 +67,7 @@ class Yolo(Detector):
   def losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
     """As in `Detector`; the parts are those of all heads, with their gains and shares, over what scores are wanted. "loss" is their sum times the
     pictures of the batch (YOLOv6: their sum), as in the families' own programs."""
-    if self.facts.decode != "sides": raise UserError(f"--model {self.name}: its losses are not here yet; train yolov8n or another of v5u, v6, v8 to 26")
+    if self.facts.decode != "sides": raise UserError(f"--model {self.name}: its losses are not here; train {', '.join(TRAINABLE)}")
     recipes = next(recipe for begins, recipe in RECIPES.items() if self.name.startswith(begins))
     heads = [side_losses(*outputs[2 * i:2 * i + 2], boxes, labels, canvas, self.facts.strides, recipe) for i, recipe in enumerate(recipes)]
     shares = [1.0] * len(heads)

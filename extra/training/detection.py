@@ -29,7 +29,7 @@ from tinydet.scoring.background import Pending, score
 from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 from tinydet.scoring.evaluation import evaluate
 from tinydet.training.run import Run
-from tinydet.training.trainer import TrainerConfig
+from tinydet.training.trainer import TrainerConfig, total_updates
 
 PICTURES_IN_TABLE = 32   # validation pictures, the worst and the best, in wandb's table of each evaluation
 EMBEDDED = "shapes"      # how the names of embedded data sets begin
@@ -174,6 +174,8 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   run.at_end(val_loader.close)
   run.check_data(train_set, len(train_loader))
   optimizer, buffers = run.prepare(detector.network, len(train_loader))
+  updates = total_updates(config, len(train_loader))
+  detector.progress = lambda: (optimizer.steps / updates).minimum(1).reshape(())
   canvases = {*train_loader.buckets.canvases, *val_loader.buckets.canvases}
   replicate([constant for canvas in sorted(canvases) for constant in detector.constants(canvas)], run.gpus)
 
