@@ -18,16 +18,18 @@ class Config(DetectionConfig):
   model: str = option("yolov8n", "the network", choices=yolo.TRAINABLE, group="model")
 
 
+AUGMENT = {"mosaic": 1.0, "zoom": 0.5, "shift": 0.1, "hsv": True}
 SHAPES = {"model": "yolov8t", "size": (128, 128), "lr": 4e-3, "target": 0.66}
 PRESETS = {
   # The small YOLO that ships with the code, fine-tuned to the six shapes of the second family: the default where --data is no folder.
   "demo": SHAPES | {"data": "shapes:2", "weights": "shapes-yolo", "bs": 16, "train_images": 4000, "epochs": 4, "warmup": 0.2, "eval_every": 2},
   # How that network was made: the first family, from random weights.
   "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 10, "log_every": 50, "save_half": True},
-  # The default where --data is a folder: the defaults above, meant for a few hundred to some thousand pictures.
-  "folder": {},
+  # The default where --data is a folder, meant for a few hundred to some thousand pictures.
+  "folder": AUGMENT | {"epochs": 60, "lr": 1.5e-3, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "ema": 0.9999,
+                       "ema_tau": 2000.0, "eval_every": 5},
   # The published recipe of YOLOv8 (and v5u, 11): SGD for 64 pictures an update, mosaics but for the last 10 epochs.
-  "coco": {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
+  "coco": AUGMENT | {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
            "nesterov": True, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "warmup_momentum": 0.8,
            "warmup_bias_lr": 0.1, "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "score_in_background": True, "workers": 8, "log_every": 50}}
 

@@ -18,8 +18,8 @@ class Assigned(NamedTuple):
 
 def task_aligned(points: Tensor, predicted: Tensor, scores: Tensor, boxes: Tensor, labels: Tensor, *, topk: int = 10, alpha: float = 0.5,
                  beta: float = 6.0, kind: str = "ciou", last_topk: int = 0, smallest: float = 0.0) -> Assigned:
-  """Task alignment learning (Feng et al. 2021, section 3.3): t = score^alpha IoU^beta of the cells whose centre is inside a box; its `topk` best learn
-  it, and of several boxes a cell learns the one that it overlaps most. The quality is t, scaled so that a box's best has its best IoU.
+  """Task alignment learning (Feng et al. 2021, section 3.3): t = score^alpha IoU^beta of the cells whose centre is inside a box; its `topk` best
+  learn it, and of several boxes a cell learns the one that it overlaps most. The quality is t, scaled so that a box's best has its best IoU.
 
   Args: `points` f32 [N,2] cell centres in pixels; `predicted` f32 [B,N,4] xyxy pixels and `scores` f32 [B,N,K] in 0..1, both without gradient; `kind`
   of IoU (see `boxes.similarity`), of which negative values count as 0. With `last_topk` only so many of a box's cells stay in the end, and sides
@@ -46,7 +46,7 @@ def atss(points: Tensor, anchors: Tensor, level_sizes: Sequence[int], boxes: Ten
 
   Args: `points` f32 [N,2], centres, and `anchors` f32 [N,4] xyxy, both in pixels, level by level; `level_sizes` how many each level has; `unbiased`:
   the deviation divides by n - 1. Anchors of the paper have 8 strides a side, YOLOv6's 5; `yolov6`: only an IoU above the threshold is enough, and an
-  anchor that two boxes want goes to the box that it overlaps most, be it a third."""
+  anchor that two boxes want goes to the one that it overlaps most, be it a third."""
   valid, overlap = (labels >= 0).unsqueeze(-1), iou(boxes, anchors).contiguous()
   middle = (boxes[..., :2] + boxes[..., 2:]) * 0.5
   away = (middle.unsqueeze(2) - points).square().sum(-1).contiguous()   # [B,M,N]
@@ -63,8 +63,8 @@ def atss(points: Tensor, anchors: Tensor, level_sizes: Sequence[int], boxes: Ten
 
 
 def fcos(points: Tensor, strides: Tensor, limits: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, *, radius: float = 0.0) -> Assigned:
-  """FCOS (Tian et al. 2019, section 3.2): a cell learns the smallest box that its centre is inside of and whose farthest side is its level's business.
-  The quality is the centreness.
+  """FCOS (Tian et al. 2019, section 3.2): a cell learns the smallest box that its centre is inside of and whose farthest side is its level's
+  business. The quality is the centreness.
 
   Args: `points` f32 [N,2] in pixels; `strides` f32 [N]; `limits` f32 [N] each: the farthest side is more than the first and at most the second;
   `radius` > 0: the point is also within so many strides of the box's centre."""

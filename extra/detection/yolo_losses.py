@@ -62,7 +62,7 @@ def side_losses(box: Tensor, classes: Tensor, boxes: Tensor, labels: Tensor, can
   sides = box if bins == 1 else yolo.expected_sides(box, bins).contiguous()
   found = ((centre - sides[:, :2]).cat(centre + sides[:, 2:], dim=1)).transpose(1, 2)   # in strides, as their IoUs are taken
   pixels = (found * steps.reshape(1, -1, 1)).detach().contiguous()
-  assigned = task_aligned((centre * steps).transpose(0, 1).contiguous(), pixels, classes.detach().sigmoid().transpose(1, 2).contiguous(), boxes, labels,
+  assigned = task_aligned((centre * steps).transpose(0, 1).contiguous(), pixels, classes.detach().sigmoid().transpose(1, 2), boxes, labels,
                           topk=recipe.topk, alpha=recipe.alpha, beta=recipe.beta, kind=recipe.match_kind, last_topk=recipe.last_topk,
                           smallest=recipe.smallest)
   own, scores = targets(assigned, boxes, labels, num_classes)

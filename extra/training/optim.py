@@ -51,13 +51,14 @@ class Optimizer:
   with `ema_tau` the average starts short as that many updates say: its decay is `ema_decay` (1 - exp(-updates / tau)); `gain` is what a gradient is
   multiplied by.
   Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""
-  def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float | Schedule = 0.9, betas: tuple[float, float] = (0.9, 0.999),
-               eps: float = 1e-8, weight_decay: float = 0.0, norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0,
-               accumulate: int = 1, loss_scale: float | None = None, nesterov: bool = False, bias_rate: Schedule | None = None, ema_tau: float = 0.0,
-               gain: float = 1.0):
+  def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float | Schedule = 0.9,
+               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+               norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0, accumulate: int = 1, loss_scale: float | None = None,
+               nesterov: bool = False, bias_rate: Schedule | None = None, ema_tau: float = 0.0, gain: float = 1.0):
     self.params, self.kind, self.rate, self.momentum, self.betas, self.eps = params, kind, rate, momentum, betas, eps
     self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
-    self.clip_norm, self.ema_decay, self.ema_tau, self.nesterov, self.bias_rate, self.gain = clip_norm, ema_decay, ema_tau, nesterov, bias_rate, gain
+    self.clip_norm, self.ema_decay, self.ema_tau = clip_norm, ema_decay, ema_tau
+    self.nesterov, self.bias_rate, self.gain = nesterov, bias_rate, gain
     self.steps = _zeros((1,))
     self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
     self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient

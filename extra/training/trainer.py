@@ -43,8 +43,8 @@ class TrainerConfig:
   warmup_momentum: float | None = option(None, "SGD's momentum where a warm-up begins; none: as ever", minimum=0, maximum=1, group="training")
   warmup_bias_lr: float | None = option(None, "learning rate of biases where a warm-up begins, the others' being 0 there; none: as the others'",
                                         minimum=0, group="training")
-  nominal_bs: int = option(0, "pictures an update that rate and decay are meant for: a smaller --bs accumulates so many, and their gradients are added "
-                           "up, not averaged; 0: as --bs and --accumulate say", minimum=0, group="training")
+  nominal_bs: int = option(0, "pictures an update that rate and decay are meant for: a smaller --bs accumulates so many, and their gradients are "
+                           "added up, not averaged; 0: as --bs and --accumulate say", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
   find_lr: int = option(0, "sweep the learning rate over so many updates, 100 say, suggest one, and end; 0 trains", minimum=0, maximum=2000,
                         group="training")
