@@ -171,3 +171,17 @@ def test_the_largest_among_equals_are_the_first():
   some = assigners.largest(Tensor(values), 3, Tensor(np.int32([[1], [2], [3]]))).numpy()
   assert [np.flatnonzero(row).tolist() for row in some] == [[1], [0, 1], [0, 4, 5]]
   assert assigners.largest(Tensor(values), 9).numpy().all()
+
+
+def test_what_an_untrained_network_says_of_a_crowd():
+  """Predictions that miss their boxes by far, and boxes over one another: a cell of several boxes, none of which it overlaps, learns none that it is
+  outside of, and what is learnt stays in 0..1."""
+  rng = np.random.default_rng(1)
+  corner, side = rng.random((2, 24, 2)) * 40, rng.random((2, 24, 2)) * 24 + 4
+  boxes, labels = np.concatenate([corner, corner + side], -1).astype(np.float32), rng.integers(0, 2, (2, 24)).astype(np.int32)
+  away = GRID + rng.integers(-30, 30, (2, len(GRID), 2))
+  predicted = np.concatenate([away - 2, away + 2], -1).astype(np.float32)
+  found = task_aligned(*map(Tensor, (GRID, predicted, rng.random((2, len(GRID), 2)).astype(np.float32), boxes, labels)))
+  index, quality = found.index.numpy(), found.quality.numpy()
+  assert quality.min() >= 0 and quality.max() <= 1 and (index >= 0).sum() > 50
+  for b, n in np.argwhere(index >= 0): assert (GRID[n] > boxes[b, index[b, n], :2]).all() and (GRID[n] < boxes[b, index[b, n], 2:]).all()

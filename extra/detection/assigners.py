@@ -25,9 +25,9 @@ def task_aligned(points: Tensor, predicted: Tensor, scores: Tensor, boxes: Tenso
   of IoU (see `boxes.similarity`), of which negative values count as 0. With `last_topk` only so many of a box's cells stay in the end, and sides
   below `smallest` pixels count as that long for what is inside (YOLO26's one-to-one head: 1 and 16)."""
   inside = (_margin(points, _widened(boxes, smallest)) > 1e-9) & (labels >= 0).unsqueeze(-1)
-  overlap = inside.where(similarity(boxes.unsqueeze(2), predicted.unsqueeze(1), kind).maximum(0), 0).contiguous()
+  overlap = inside.where(similarity(boxes.unsqueeze(2), predicted.unsqueeze(1), kind).maximum(0), -1).contiguous()   # a box outside owns nothing
   of_class = scores.transpose(1, 2).contiguous().gather(1, labels.maximum(0).unsqueeze(-1).expand(*labels.shape, scores.shape[1]))
-  aligned = inside.where(of_class ** alpha * overlap ** beta, -1).contiguous()
+  aligned = inside.where(of_class ** alpha * overlap.maximum(0) ** beta, -1).contiguous()
   chosen = largest(aligned, topk) & inside
   index = owner(chosen, overlap)
   if last_topk:
