@@ -2,8 +2,10 @@
 import math
 import numpy as np, pytest
 from tinygrad import Tensor
+from tinydet.errors import UserError
 from tinydet.runtime.graphs import jit
-from tinydet.training.optim import Optimizer, schedule, total_norm
+from tinydet.training.optim import Optimizer, ramp, schedule, total_norm
+from tinydet.training.trainer import TrainerConfig, make_optimizer, settle_batch
 
 SHAPES, UPDATES, LR = {"weight": (3, 4), "bias": (4,)}, 5, 0.05
 RNG = np.random.default_rng(0)
@@ -68,6 +70,39 @@ def test_updates(kind, weight_decay, norm_weight_decay, clip_norm, ema_decay):
     {"ema.weight", "ema.bias"} if ema_decay else set())
 
 
+def test_nesterov_warm_up_of_momentum_and_biases_gain_and_tau():
+  """torch's Nesterov in float64, with YOLOv5's warm-up: the kernels' rate from 0, the biases' from above, momentum from below, gradients times 2."""
+  params = {name: Tensor(value.copy()).realize() for name, value in START.items()}
+  rate, bias_rate = (schedule("linear", LR, 8, warmup_steps=3, last=0.1, first=first) for first in (0.0, 0.3))
+  optimizer = Optimizer(params, "sgd", rate, momentum=ramp(0.5, 0.9, 3), weight_decay=0.1, nesterov=True, bias_rate=bias_rate, ema_decay=0.99,
+                        ema_tau=4, gain=2.0, clip_norm=3.0)
+  p, first = {k: v.astype(np.float64) for k, v in START.items()}, dict.fromkeys(SHAPES, 0.0)
+  average = dict(p)
+  for n, logs in enumerate(run(optimizer)):
+    target, warm = LR * (0.1 + 0.9 * (1 - n / 8)), min(n / 3, 1)
+    rates = {"weight": target * warm, "bias": 0.3 + (target - 0.3) * warm}
+    m, norm = 0.5 + 0.4 * warm, 2 * math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in GRADIENTS[n].values()))
+    assert logs["lr"] == pytest.approx(rates["weight"], rel=1e-5, abs=1e-9) and logs["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    for k in SHAPES:
+      g = 2 * GRADIENTS[n][k].astype(np.float64) * min(1, 3 / (norm + 1e-6)) + (0.1 * p[k] if k == "weight" else 0)
+      first[k] = m * first[k] + g
+      p[k] = p[k] - rates[k] * (g + m * first[k])
+      decay = 0.99 * (1 - math.exp(-(n + 1) / 4))
+      average[k] = decay * average[k] + (1 - decay) * p[k]
+      np.testing.assert_allclose(params[k].numpy(), p[k], atol=1e-5)
+      np.testing.assert_allclose(optimizer.ema[k].numpy(), average[k], atol=1e-5)
+
+
+def test_a_nominal_batch():
+  """Four gradients of 16 pictures are added up to 64; three of 24 come to 72, with a decay that much larger."""
+  for bs, accumulate, decay in ((16, 4, 0.01), (24, 3, 0.01 * 72 / 64), (128, 1, 0.02)):
+    config = TrainerConfig(bs=bs, nominal_bs=64, weight_decay=0.01, epochs=10)
+    settle_batch(config)
+    optimizer = make_optimizer(config, {name: Tensor(value.copy()).realize() for name, value in START.items()}, 100)
+    assert config.accumulate == accumulate and optimizer.gain == accumulate and optimizer.decay == {"weight": pytest.approx(decay), "bias": 0.0}
+  with pytest.raises(UserError, match="--accumulate 4"): make_optimizer(TrainerConfig(bs=16, accumulate=4, epochs=1), {}, 3)
+
+
 def test_the_average_comes_and_goes():
   params = {name: Tensor(value.copy()).realize() for name, value in START.items()}
   optimizer = Optimizer(params, "sgd", schedule("constant", LR, UPDATES), ema_decay=0.5)
@@ -92,6 +127,7 @@ def test_schedules():
   np.testing.assert_allclose(rates("constant", 0.2, 20, warmup_steps=4), 0.2 * warm, rtol=1e-5)
   decayed = np.where(steps < 10, 1, np.where(steps < 16, 0.1, 0.01))
   np.testing.assert_allclose(rates("step", 0.2, 20, warmup_steps=4, milestones=[10, 16]), 0.2 * warm * decayed, rtol=1e-5)
+  np.testing.assert_allclose(rates("linear", 0.2, 20, last=0.01), 0.2 * (0.01 + 0.99 * (1 - np.minimum(steps / 20, 1))), rtol=1e-5)
   cosine = 0.5 * (1 + np.cos(np.pi * np.minimum(steps / 20, 1)))
   np.testing.assert_allclose(rates("cosine", 0.2, 20, warmup_steps=4), 0.2 * warm * cosine, rtol=1e-4, atol=1e-7)
 

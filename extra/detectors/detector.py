@@ -1,5 +1,5 @@
 """What every program asks of a detector, whatever its network. A family is a file beside this one, with a subclass that says what only it knows."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 import numpy as np
@@ -47,6 +47,7 @@ class Detector:
   assigners: ClassVar[tuple[str, ...]] = ()
   recipe: ClassVar[Mapping[str, Any]] = {}             # its own defaults of a trainer's settings
   selection: Mapping[str, Any] = {}                    # its own defaults of `postprocess.select`; None for no suppression at all
+  progress: Callable[[], Tensor | float] = staticmethod(lambda: 0.0)   # the share of a training run that is done, on the device
   chosen: np.ndarray | None = None                     # f32 [own classes,K], where it is asked for others than its own (see `choose`)
   _predict: Any = None                                 # what `predict` has captured
   stages: ClassVar[Mapping[str, tuple[str, ...]]] = {} # from the output down: a part's name -> how its tensors' names begin

@@ -9,13 +9,24 @@ from tinygrad.nn.state import get_parameters
 from tinydet.class_names import COCO80
 from tinydet.detection import yolo as decoding
 from tinydet.detection.postprocess import Detections
+from tinydet.detection.yolo_losses import Recipe, side_losses
 from tinydet.detectors.detector import Canvas, Detector, Outputs, Preprocessing
+from tinydet.errors import UserError
 from tinydet.models import yolo
 from tinydet.models.fold import fold
 
 NAMES = yolo.NAMES
+TRAINABLE = tuple(name for name in NAMES if yolo.facts(name).decode == "sides")   # whose losses are here
 GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
 TOPK = 30_000            # of a picture's pairs of candidate and class that NMS looks at, as in the official programs
+
+# How heads learn, one-to-many and one-to-one, by how names begin; all others of sides learn as v8 does.
+RECIPES = {"yolov6n": (Recipe(2.5, 1.0, 0.5, "siou", "iou", 13, 1.0, varifocal=True, times_batch=False),),
+           "yolov6": (Recipe(2.5, 1.0, 0.5, "giou", "iou", 13, 1.0, varifocal=True, times_batch=False),),
+           "yolov10": (Recipe(), Recipe(topk=1)),
+           "yolo26": (Recipe(plain_sides=True), Recipe(plain_sides=True, topk=7, last_topk=1, smallest=16.0)),
+           "": (Recipe(),)}
+FIRST_SHARE, LAST_SHARE = 0.8, 0.1   # of YOLO26's one-to-many loss, at a run's beginning and end; the rest is the one-to-one head's
 
 
 class Yolo(Detector):
@@ -52,6 +63,19 @@ class Yolo(Detector):
   def levels(self, layer: str = "backbone") -> dict[str, int]:
     strides = [128 // f.shape[2] for f in self.features(Tensor.empty(1, 3, 128, 128), layer)]   # only shapes: nothing is computed
     return {f"{'P' if layer == 'pyramid' else 'C'}{stride.bit_length() - 1}": stride for stride in strides}
+
+  def losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
+    """As in `Detector`; the parts are those of all heads, with their gains and shares, over what scores are wanted. "loss" is their sum times the
+    pictures of the batch (YOLOv6: their sum), as in the families' own programs."""
+    if self.facts.decode != "sides": raise UserError(f"--model {self.name}: its losses are not here; train {', '.join(TRAINABLE)}")
+    recipes = next(recipe for begins, recipe in RECIPES.items() if self.name.startswith(begins))
+    heads = [side_losses(*outputs[2 * i:2 * i + 2], boxes, labels, canvas, self.facts.strides, recipe) for i, recipe in enumerate(recipes)]
+    shares = [1.0] * len(heads)
+    if self.name.startswith("yolo26"):
+      share = FIRST_SHARE + (LAST_SHARE - FIRST_SHARE) * self.progress()
+      shares = [share, 1 - share]
+    parts = {name: sum((head[name] * share for head, share in zip(heads[1:], shares[1:])), heads[0][name] * shares[0]) for name in heads[0]}
+    return {"loss": sum(parts.values()) * (boxes.shape[0] if recipes[0].times_batch else 1)} | parts
 
   def candidates(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
     known = self.facts

@@ -10,6 +10,7 @@ from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import option, show_size, size
 from tinydet.datasets import open_dataset
+from tinydet.datasets.augment import boxes_at_most, hsv, place
 from tinydet.datasets.buckets import one_bucket
 from tinydet.datasets.download import local_folder
 from tinydet.datasets.fit import Fit
@@ -29,9 +30,10 @@ from tinydet.scoring.background import Pending, score
 from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 from tinydet.scoring.evaluation import evaluate
 from tinydet.training.run import Run
-from tinydet.training.trainer import TrainerConfig
+from tinydet.training.trainer import TrainerConfig, total_updates
 
 PICTURES_IN_TABLE = 32   # validation pictures, the worst and the best, in wandb's table of each evaluation
+MOST_BOXES = 200         # of a picture made of several, unless one has more by itself
 EMBEDDED = "shapes"      # how the names of embedded data sets begin
 
 
@@ -51,13 +53,19 @@ class DetectionConfig(TrainerConfig):
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
+  mosaic: float = option(0.0, "chance of a training picture made of four (see extra/datasets/augment.py)", minimum=0, maximum=1, group="data")
+  mixup: float = option(0.0, "chance of a training picture blended with another", minimum=0, maximum=1, group="data")
+  close_mosaic: int = option(10, "last epochs without mosaics and blends", minimum=0, group="data")
+  zoom: float = option(0.0, "scale training pictures by up to 1 +- this, 0.5 say, inside the canvas", minimum=0, maximum=0.95, group="data")
+  shift: float = option(0.0, "shift training pictures by up to this share of the canvas", minimum=0, maximum=1, group="data")
+  hsv: bool = option(False, "vary hue, saturation and value of training pictures as YOLOv5 does: by 0.015, 0.7 and 0.4", group="data")
   strict: bool = option(False, "make every oddity of the data an error", group="data")
   workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
   train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0,
                              group="data")
   overfit: bool = option(False, "evaluate on the training pictures, unchanged: a sound model learns a few by heart", group="data")
-  weights: str = option("none", "where to start: none, shapes (ships with the code), imagenet, imagenet_v2, coco, mlperf, a .pth or .safetensors "
-                        "file, or the folder of a run", group="model")
+  weights: str = option("none", "where to start: none, shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
+                        "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
                                  maximum=5, group="model")
   score_in_background: bool = option(False, "go on training while another process scores an evaluation", group="run")
@@ -86,13 +94,21 @@ def open_splits(config: DetectionConfig, ranks: Ranks) -> tuple[Any, Any]:
 def make_loaders(config: DetectionConfig, fit: Fit, train_set: Any, val_set: Any, ranks: Ranks) -> tuple[Loader, Loader]:
   """Loaders of batches for this rank: training pictures augmented and in a random order, validation pictures as they are."""
   train_buckets, val_buckets = (fit.buckets(data.sizes, config.buckets, config.bs) for data in (train_set, val_set))
-  augment = [] if config.overfit else [photometric_jitter()] * config.photometric + [horizontal_flip(config.flip)] * (config.flip > 0)
-  if config.scale_jitter and not config.overfit:
+  augment, length = [photometric_jitter()] * config.photometric + [hsv()] * config.hsv, None
+  augment = [] if config.overfit else augment + [horizontal_flip(config.flip)] * (config.flip > 0)
+  composed = max(config.mosaic, config.mixup, config.zoom, config.shift) > 0 and not config.overfit
+  if composed and config.scale_jitter: raise UserError("--scale-jitter: does what --zoom does; leave it out with --mosaic, --mixup, --zoom, --shift")
+  if composed:
+    whole = place(*fit.canvas(), fit.fill, zoom=config.zoom, shift=config.shift, mosaic=config.mosaic, mix=config.mixup, most=MOST_BOXES,
+                  last_epoch=max(0, config.epochs - config.close_mosaic))
+    augment, train_buckets = [whole, *augment], one_bucket(len(train_set), fit.canvas())
+    length = boxes_at_most(train_set, config.mosaic, config.mixup, MOST_BOXES)
+  elif config.scale_jitter and not config.overfit:
     augment, train_buckets = [*augment, scale_jitter(0.5, 2.0, *fit.canvas(), fit.fill)], one_bucket(len(train_set), fit.canvas())
   else: augment = [fit.resize(), *augment]
   share = {"workers": config.workers, "shard": (ranks.rank, ranks.size)}
   train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, buckets=train_buckets, reduced=True,
-                        **share)
+                        max_boxes=length, **share)
   return train_loader, Loader(val_set, config.bs, fit.resize(), buckets=val_buckets, **share)
 
 
@@ -174,6 +190,8 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   run.at_end(val_loader.close)
   run.check_data(train_set, len(train_loader))
   optimizer, buffers = run.prepare(detector.network, len(train_loader))
+  updates = total_updates(config, len(train_loader))
+  detector.progress = lambda: (optimizer.steps / updates).minimum(1).reshape(())
   canvases = {*train_loader.buckets.canvases, *val_loader.buckets.canvases}
   replicate([constant for canvas in sorted(canvases) for constant in detector.constants(canvas)], run.gpus)
 

@@ -7,21 +7,29 @@ from tinygrad import Tensor, dtypes
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
 SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
 WARMUP_FACTOR = 1e-3   # of the learning rate, where a warm-up begins
-SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine"), ("sgd", "adam", "adamw")
+SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine", "linear"), ("sgd", "adam", "adamw")
 
 
 def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, warmup_factor: float = WARMUP_FACTOR,
-             milestones: list[int] | None = None, gamma: float = 0.1) -> Schedule:
-  """Linear warm-up from `warmup_factor * lr`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of `milestones` (steps); "cosine",
-  down to 0 at `total_steps` (Loshchilov & Hutter 2016)."""
+             milestones: list[int] | None = None, gamma: float = 0.1, last: float = 0.0, first: float | None = None) -> Schedule:
+  """Linear warm-up from `warmup_factor * lr`, or from the rate `first`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of
+  `milestones` (steps); "cosine" (Loshchilov & Hutter 2016) and "linear", down to `last` times the rate at `total_steps`."""
   def rate(step: Tensor) -> Tensor:
     factor = step.ones_like()   # on the devices that the count is on
     if kind == "step":
       for milestone in milestones or []: factor = factor * (step >= milestone).where(gamma, 1.0)
     if kind == "cosine": factor = 0.5 * (1 + ((step / total_steps).minimum(1) * math.pi).cos())
+    if kind == "linear": factor = 1 - (step / total_steps).minimum(1)
+    if last and kind in ("cosine", "linear"): factor = last + (1 - last) * factor
+    if warmup_steps and first is not None: return first + (lr * factor - first) * (step / warmup_steps).minimum(1)
     if warmup_steps: factor = factor * (warmup_factor + (1 - warmup_factor) * (step / warmup_steps).minimum(1))
     return lr * factor
   return rate
+
+
+def ramp(low: float, high: float, steps: int) -> Schedule:
+  """From `low` to `high` in equal steps over `steps` updates, and `high` from there on."""
+  return lambda step: low + (high - low) * (step / max(1, steps)).minimum(1)
 
 
 def exponential(low: float, high: float, steps: int) -> Schedule:
@@ -31,7 +39,7 @@ def exponential(low: float, high: float, steps: int) -> Schedule:
 
 
 class Optimizer:
-  """SGD with momentum, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
+  """SGD with momentum, as it is or Nesterov's, Adam or AdamW with torch's update rules, gradient clipping, and an optional average of the weights.
 
   An update whose gradient, loss or rate is not finite leaves everything as it was.
 
@@ -39,14 +47,18 @@ class Optimizer:
   `norm_weight_decay` for the others (norms and biases); `clip_norm` bounds the norm of the whole gradient, 0 leaves it; `ema_decay` > 0 keeps an
   exponential moving average in `ema`, which starts short and lengthens to that decay; `accumulate` > 1 keeps `sums` for that many gradients to be
   added up in; `loss_scale` is what the loss starts out multiplied by where the network computes in half precision: halved by an update that is not
-  finite, doubled after 2,000 that are.
+  finite, doubled after 2,000 that are. `momentum` of SGD may be a schedule; `bias_rate` is the rate of what is called "bias", where it is another;
+  with `ema_tau` the average starts short as that many updates say: its decay is `ema_decay` (1 - exp(-updates / tau)); `gain` is what a gradient is
+  multiplied by.
   Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""
-  def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float = 0.9, betas: tuple[float, float] = (0.9, 0.999),
-               eps: float = 1e-8, weight_decay: float = 0.0, norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0,
-               accumulate: int = 1, loss_scale: float | None = None):
+  def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float | Schedule = 0.9,
+               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+               norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0, accumulate: int = 1, loss_scale: float | None = None,
+               nesterov: bool = False, bias_rate: Schedule | None = None, ema_tau: float = 0.0, gain: float = 1.0):
     self.params, self.kind, self.rate, self.momentum, self.betas, self.eps = params, kind, rate, momentum, betas, eps
     self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
-    self.clip_norm, self.ema_decay = clip_norm, ema_decay
+    self.clip_norm, self.ema_decay, self.ema_tau = clip_norm, ema_decay, ema_tau
+    self.nesterov, self.bias_rate, self.gain = nesterov, bias_rate, gain
     self.steps = _zeros((1,))
     self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
     self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
@@ -66,6 +78,7 @@ class Optimizer:
     unless a loss that is not finite shows in the gradients. Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`, `skipped` (1
     where nothing was changed) and `loss_scale`."""
     norm = total_norm(gradients)
+    if self.gain != 1: norm = norm * self.gain
     if self.loss_scale is not None: norm = norm / self.loss_scale[:1]
     lr = self.rate(self.steps)
     finite = norm.isfinite() & lr.isfinite()
@@ -73,6 +86,7 @@ class Optimizer:
     logs = {"lr": lr, "gradient_norm": norm, "skipped": ok.where(0.0, 1.0)}
     def keep(tensor: Tensor, new: Tensor) -> None: tensor.assign(ok.where(new, tensor))
     factor = None if self.loss_scale is None else 1 / self.loss_scale[:1]
+    if self.gain != 1: factor = norm.full_like(self.gain) if factor is None else factor * self.gain
     if self.clip_norm: factor = (self.clip_norm / (norm + 1e-6)).minimum(1) * (1 if factor is None else factor)
     if factor is not None:
       factor = factor.contiguous()
@@ -83,13 +97,15 @@ class Optimizer:
       self.loss_scale.assign(ok.where(grown.where(scale * 2, scale).cat(grown.where(0, good + 1)), (scale / 2).maximum(1).cat(good * 0)))
     t = self.steps + 1
     correction1, correction2 = (1 - (t * math.log(beta)).exp() for beta in self.betas)
+    momentum = self.momentum(self.steps).contiguous() if callable(self.momentum) else self.momentum
+    bias_lr = None if self.bias_rate is None else self.bias_rate(self.steps).contiguous()
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
     for (name, p), g in zip(self.params.items(), gradients):
       first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
       if decay and self.kind != "adamw": g = g + decay * p
       if self.kind == "sgd":
-        keep(first, self.momentum * first + g)
-        new = p - lr * first
+        keep(first, momentum * first + g)
+        new = p - (lr if bias_lr is None or not name.endswith("bias") else bias_lr) * (g + momentum * first if self.nesterov else first)
       else:
         second, (beta1, beta2) = self.second[name], self.betas
         g = g.contiguous()   # both moments read it
@@ -99,7 +115,7 @@ class Optimizer:
         new = new - lr_adam * first / (second.sqrt() / root + self.eps)
       keep(p, new)
       if self.ema_decay:
-        decay_now = (t / (t + 9)).minimum(self.ema_decay)
+        decay_now = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
         keep(self.ema[name], decay_now * self.ema[name] + (1 - decay_now) * p)
     keep(self.steps, t)
     return [*self.params.values(), *self.state().values()], logs

@@ -21,7 +21,7 @@ from tinydet.training.loop import Step, make_step, train
 from tinydet.training.numerics import first_not_finite
 from tinydet.training.optim import Optimizer
 from tinydet.training.resume import Checkpoints, find_run, open_run, restore, run_name
-from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer
+from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer, settle_batch
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -65,6 +65,7 @@ class Run:
     if config.find_lr and (config.resume or ranks.size > 1):
       raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
     check_batch_size(config, ranks)
+    settle_batch(config)
     self.gpus, self.signals = devices(config.gpus), Signals(ranks)
     self.folder, self._lock, self._state, self.resumed = Path(os.devnull), None, {}, None
     name = run_name(config.run_name, config.data, network)
@@ -96,7 +97,7 @@ class Run:
   def prepare(self, network: Any, steps_per_epoch: int) -> tuple[Optimizer, list[Tensor]]:
     """The optimiser and the buffers of `network`: restored where the run is resumed, the same on all ranks, and on all devices."""
     tensors = get_state_dict(network)
-    optimizer = make_optimizer(self.config, {key: t for key, t in tensors.items() if t.is_param}, steps_per_epoch)
+    optimizer = make_optimizer(self.config, {key: t for key, t in tensors.items() if t.is_param}, steps_per_epoch, self.ranks.size)
     random.seed(self.config.seed, self.ranks.rank)
     if self.resumed and self.ranks.rank == 0: restore(network, optimizer, self._state, self.config.resume)
     random.restore(self.ranks.broadcast({key: values for key, values in self._state.items() if key.startswith("random.")}), self.ranks.rank)

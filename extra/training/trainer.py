@@ -32,18 +32,26 @@ class TrainerConfig:
   optimizer: str = option("adamw", "rule of the update", choices=optim.OPTIMIZERS, group="training")
   lr: float = option(5e-4, "learning rate after the warm-up", minimum=0, group="training")
   momentum: float = option(0.9, "of SGD", minimum=0, maximum=1, group="training")
+  nesterov: bool = option(False, "SGD with Nesterov's momentum", group="training")
   weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
   norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
   schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
   milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=_numbers,
                              show=lambda v: ",".join(map(str, v)) or "none", group="training")
   warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
+  last_lr: float = option(0.0, "where the cosine and linear schedules end, times the learning rate", minimum=0, maximum=1, group="training")
+  warmup_momentum: float | None = option(None, "SGD's momentum where a warm-up begins; none: as ever", minimum=0, maximum=1, group="training")
+  warmup_bias_lr: float | None = option(None, "learning rate of biases where a warm-up begins, the others' being 0 there; none: as the others'",
+                                        minimum=0, group="training")
+  nominal_bs: int = option(0, "pictures an update that rate and decay are meant for: a smaller --bs accumulates so many, and their gradients are "
+                           "added up, not averaged; 0: as --bs and --accumulate say", minimum=0, group="training")
   accumulate: int = option(1, "steps whose gradients are averaged before an update", minimum=1, group="training")
   find_lr: int = option(0, "sweep the learning rate over so many updates, 100 say, suggest one, and end; 0 trains", minimum=0, maximum=2000,
                         group="training")
   clip_norm: float = option(0.0, "largest norm of the gradient; 0 does not clip", minimum=0, group="training")
   ema: float = option(0.0, "decay of a moving average of the weights, which is then what is evaluated; 0 keeps none", minimum=0, maximum=1,
                       group="training")
+  ema_tau: float = option(0.0, "updates in which that average lengthens to its decay; 0: a tenth of those done", minimum=0, group="training")
   dtype: str = option("float32", "what the network computes in; weights and losses are float32", choices=tuple(DTYPES), group="training")
   gpus: int = option(1, "devices of a process to divide the batch among", minimum=1, group="training")
   wire: str = option("float32", "what gradients travel between processes in (mpirun); half is half the bytes, and brings loss scaling",
@@ -81,15 +89,30 @@ def check_batch_size(config: TrainerConfig, ranks: Ranks) -> None:
     raise UserError(f"--bs {config.bs}: is not a multiple of {of}")
 
 
-def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int) -> optim.Optimizer:
-  """The optimiser that `config` describes, for `params` (name -> realised f32 tensor)."""
+def settle_batch(config: TrainerConfig) -> None:
+  """Set `accumulate` to what `nominal_bs` asks for, if it does."""
+  if config.nominal_bs and config.accumulate == 1: config.accumulate = max(1, round(config.nominal_bs / config.bs))
+
+
+def total_updates(config: TrainerConfig, steps_per_epoch: int) -> int:
+  """Updates of a whole run, at least 1."""
+  return max(1, int(steps_per_epoch / config.accumulate * config.epochs))
+
+
+def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_epoch: int, ranks: int = 1) -> optim.Optimizer:
+  """The optimiser that `config` describes, for `params` (name -> realised f32 tensor), whose gradients are means over `ranks`."""
   updates = steps_per_epoch / config.accumulate   # an epoch; those of the run are whole, those of an epoch need not be
-  total = int(updates * config.epochs)
-  if not total and config.epochs:
+  if not int(updates * config.epochs) and config.epochs:
     raise UserError(f"--accumulate {config.accumulate}: the run has {steps_per_epoch * config.epochs} steps, too few for one update; lower it, or "
                     "train for more --epochs")
-  rate = optim.schedule(config.schedule, config.lr, max(1, total), warmup_steps=round(config.warmup * updates),
-                        milestones=[round(m * updates) for m in config.milestones])
-  return optim.Optimizer(params, config.optimizer, rate, momentum=config.momentum, weight_decay=config.weight_decay,
+  warmup, biased = round(config.warmup * updates), config.warmup_bias_lr is not None
+  rate, bias_rate = (optim.schedule(config.schedule, config.lr, total_updates(config, steps_per_epoch), warmup_steps=warmup, last=config.last_lr,
+                                    milestones=[round(m * updates) for m in config.milestones], first=first)
+                     for first in (0.0 if biased else None, config.warmup_bias_lr))
+  momentum = config.momentum if config.warmup_momentum is None else optim.ramp(config.warmup_momentum, config.momentum, warmup)
+  # A nominal batch's gradients are added up, and its decay is that of so many pictures (YOLOv5 on).
+  gain, share = (config.accumulate * ranks, config.bs * config.accumulate / config.nominal_bs) if config.nominal_bs else (1, 1)
+  return optim.Optimizer(params, config.optimizer, rate, momentum=momentum, weight_decay=config.weight_decay * share,
                          norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema, accumulate=config.accumulate,
-                         loss_scale=2.0 ** 14 if "half" in (config.dtype, config.wire) else None)
+                         loss_scale=2.0 ** 14 if "half" in (config.dtype, config.wire) else None, nesterov=config.nesterov,
+                         bias_rate=bias_rate if biased else None, ema_tau=config.ema_tau, gain=gain)

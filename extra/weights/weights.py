@@ -13,7 +13,7 @@ from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yo
 
 WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
            ".safetensors": checkpoint.save}   # of plain files of weights, by suffix
-SHIPPED = {"shapes": Path(__file__).parent.parent / "models" / "shapes.safetensors"}
+SHIPPED = {name: Path(__file__).parent.parent / "models" / f"{name}.safetensors" for name in ("shapes", "shapes-yolo")}
 WRAPPERS = ("model_ema", "ema", "state_dict", "model_state_dict", "model")   # where a training checkpoint keeps its weights; averages come first
 EPS = 1e-5   # what a norm layer adds to its variance
 

@@ -1,0 +1,51 @@
+"""Train a YOLO in tinygrad: v5u, v6 and v8 to 26, of any size.
+
+With no arguments it fine-tunes the small YOLO that ships with the code to shapes it has never seen: a few minutes on a laptop's processor.
+With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or Pascal VOC (Annotations/, JPEGImages/), whichever is there.
+tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
+from dataclasses import dataclass
+from tinydet import detectors
+from tinydet.config import option
+from tinydet.detectors import yolo
+from tinydet.training.detection import EMBEDDED, DetectionConfig, open_splits, start_from, train_detector
+from tinydet.training.run import Run, launch
+
+# ---------------------------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config(DetectionConfig):
+  model: str = option("yolov8n", "the network", choices=yolo.TRAINABLE, group="model")
+
+
+AUGMENT = {"mosaic": 1.0, "zoom": 0.5, "shift": 0.1, "hsv": True}
+SHAPES = {"model": "yolov8t", "size": (128, 128), "lr": 4e-3, "target": 0.66}
+PRESETS = {
+  # The small YOLO that ships with the code, fine-tuned to the six shapes of the second family: the default where --data is no folder.
+  "demo": SHAPES | {"data": "shapes:2", "weights": "shapes-yolo", "bs": 16, "train_images": 4000, "epochs": 4, "warmup": 0.2, "eval_every": 2},
+  # How that network was made: the first family, from random weights.
+  "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 10, "log_every": 50, "save_half": True},
+  # The default where --data is a folder, meant for a few hundred to some thousand pictures.
+  "folder": AUGMENT | {"epochs": 60, "lr": 1.5e-3, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "ema": 0.9999,
+                       "ema_tau": 2000.0, "eval_every": 5},
+  # The published recipe of YOLOv8 (and v5u, 11): SGD for 64 pictures an update, mosaics but for the last 10 epochs.
+  "coco": AUGMENT | {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
+           "nesterov": True, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "warmup_momentum": 0.8,
+           "warmup_bias_lr": 0.1, "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "score_in_background": True, "workers": 8, "log_every": 50}}
+
+
+def main(config: Config, run: Run) -> None:
+  # ---------------------------------------------------------------------------------------------------------------------------- data
+  data = train_set, _ = open_splits(config, run.ranks)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- network
+  detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed)
+  notes = start_from(config, detector, train_set.class_names, run)
+  fit = detector.fit(config.size, config.max_size)
+
+  # ---------------------------------------------------------------------------------------------------------------------------- losses and loop
+  # YOLO's losses are in extra/detectors/yolo.py: cells learn the boxes that they already answer for (assigners.py), by what yolo_losses.py says.
+  train_detector(run, detector, fit, data, {}, notes)
+
+
+if __name__ == "__main__": launch(Config, PRESETS, main, EMBEDDED, "model")
