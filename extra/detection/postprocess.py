@@ -79,7 +79,7 @@ def select(logits: Tensor, boxes: Tensor, anchors: Tensor | None, level_sizes: S
 
 
 def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray, origins: np.ndarray | None = None) -> Detections:
-  """`detections` with boxes in pixels of the original pictures.
+  """`detections` with boxes in pixels of the original pictures, and inside them.
 
   `sizes` int [B,2] are the heights and widths of the pictures inside the network input, `origins` int [B,2] the rows and columns of their top left
   corners there (by default 0), `original_sizes` int [B,2] the heights and widths of their files."""
@@ -88,7 +88,8 @@ def to_original(detections: Detections, sizes: np.ndarray, original_sizes: np.nd
   if origins is not None and np.any(origins):
     there = detections.labels >= 0   # padding stays 0
     boxes = np.where(there[..., None], boxes - np.asarray(origins, np.float32)[:, None, [1, 0, 1, 0]], 0)
-  return replace(detections, boxes=boxes * ratio[:, None, [1, 0, 1, 0]])
+  limits = np.asarray(original_sizes, np.float32)[:, None, [1, 0, 1, 0]]
+  return replace(detections, boxes=np.clip(boxes * ratio[:, None, [1, 0, 1, 0]], 0, limits))
 
 
 @functools.cache
