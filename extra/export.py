@@ -31,10 +31,10 @@ def write_onnx(out: str | Path, detector: Detector, canvas: Canvas, about: Mappi
   def function(images: Tensor) -> dict[str, Tensor]:
     found = detector.head(detector.features(detector.prepare(images) if preprocess else images))
     if outputs == "raw": return {f"output{i}": t.float() for i, t in enumerate(found)}
-    scores, boxes = detector.candidates(found, canvas)
+    boxes, scores = detector.decoded(found, canvas)
     if outputs == "detections" and detector.options({}).get("clip", True):
       boxes = boxes.maximum(0).minimum(Tensor(np.float32([canvas[1], canvas[0]] * 2)))
-    return {"boxes": boxes.float(), "scores": scores.float().sigmoid() if detector.sigmoid else scores.float()}
+    return {"boxes": boxes, "scores": scores}
   graph, results = to_onnx(function, shape, kind)
   if outputs == "detections":
     threshold = detector.options({"nms_threshold": nms_threshold}).get("nms_threshold", 0.5)
@@ -99,6 +99,11 @@ def compare(file: Path, detector: Detector, image: np.ndarray, *, outputs: str, 
     order = np.argsort(-rows[:, 5], kind="stable")[:n]
     if len(order) < n: raise UserError(f"{file}: finds {len(rows)} objects on the picture, this program {n}")
     wanted, found = {"scores": own.scores[0, :n]}, {"scores": rows[order, 5]}
+  return _furthest(file, found, wanted)
+
+
+def _furthest(file: Path, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+  """How far the outputs of a file are from those `wanted`, in shares of the largest number; UserError where that is too far."""
   worst = max(float(np.abs(found[key] - value).max(initial=0) / max(np.abs(value).max(initial=0), 1.0)) for key, value in wanted.items())
   if not worst <= TOLERANCE: raise UserError(f"{file}: its outputs are off by {worst:.2g} of the largest number; the file is not kept")
   return worst
@@ -116,8 +121,7 @@ def write_c(out: str | Path, detector: Detector, image: np.ndarray, nms_threshol
   for constant in detector.constants(canvas): constant.realize()
 
   def function(images: Tensor) -> dict[str, Tensor]:
-    scores, boxes = detector.candidates(detector.head(detector.features(detector.prepare(images))), canvas)
-    return {"boxes": boxes.float(), "scores": scores.float().sigmoid() if detector.sigmoid else scores.float()}
+    return dict(zip(("boxes", "scores"), detector.decoded(detector(images), canvas)))
   with Context(TRAINING=0): program = c_program(function, batch)
   wanted = detector.predict(image[None])
   threshold = detector.options({"nms_threshold": nms_threshold}).get("nms_threshold", 0.5)
@@ -151,9 +155,7 @@ def _compare_c(out: Path, code: Path, weights: bytes, image: np.ndarray, wanted:
   found = {name: np.empty_like(value) for name, value in wanted.items()}
   inputs = [_aligned(np.frombuffer(weights, np.uint8)), _aligned(np.ascontiguousarray(image).reshape(-1))]
   ctypes.CDLL(str(library)).run(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*inputs, *found.values())))
-  worst = max(float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1.0)) for name, value in wanted.items())
-  if not worst <= TOLERANCE: raise UserError(f"{out}: its outputs are off by {worst:.2g} of the largest number; the file is not kept")
-  return worst
+  return _furthest(out, found, wanted)
 
 
 def _aligned(values: np.ndarray) -> np.ndarray:

@@ -139,9 +139,13 @@ class Detector:
       if self._predict is None: self._predict = jit(self._everything)
       return Predicted(*(t.numpy() for t in self._predict(Tensor(np.ascontiguousarray(images)).realize())))
 
-  def _everything(self, images: Tensor) -> tuple[Tensor, Tensor]:
-    scores, boxes = self.candidates(self.infer(images), images.shape[1:3])
-    return boxes.float().contiguous(), (scores.float().sigmoid() if self.sigmoid else scores.float()).contiguous()
+  def _everything(self, images: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in self.decoded(self.infer(images), images.shape[1:3]))
+
+  def decoded(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    """Boxes f32 [B,N,4] and scores f32 [B,N,K] in 0..1 of all candidates, as `predict` gives them."""
+    scores, boxes = self.candidates(outputs, canvas)
+    return boxes.float(), scores.float().sigmoid() if self.sigmoid else scores.float()
 
   def fold(self) -> None:
     """Make the network faster for good, where there is a way: it computes the same, and is no longer for training."""
