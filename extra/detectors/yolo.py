@@ -42,22 +42,13 @@ class Yolo(Detector):
     self.usual_size, self.class_names = (self.facts.side,) * 2, list(COCO80) if num_classes == 80 else None
     self.selection = {"topk": TOPK, "clip": False, "nms_threshold": None if self.facts.end2end else self.facts.nms}
 
-  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
-    if hasattr(self.network, "detect"):   # v6
-      levels = self.network.backbone(x)
-      return self.network.neck(*levels) if layer == "pyramid" else levels
-    return self.network.features(x, self._end(layer))
+  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]: return self.network.features(x, layer)
 
-  def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs:
-    if hasattr(self.network, "detect"): return self.network.detect(features if layer == "pyramid" else self.network.neck(*features))
-    return self.network.rest(features, self._end(layer))
+  def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs: return self.network.rest(features, layer)
 
   def prepare(self, images: Tensor, dtype: DType = dtypes.float32) -> Tensor:
     """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W] in 0..1. Not laid out in memory: the first convolution alone reads it."""
     return (images.permute(0, 3, 1, 2).cast(dtypes.float32) * (1 / 255)).cast(dtype)
-
-  def _end(self, layer: str) -> int:
-    return len(self.network.model) - 1 if layer == "pyramid" and self.facts.decode != "darknet" else self.network.backbone
 
   @functools.cache   # noqa: B019 as many as there are layers to ask for
   def levels(self, layer: str = "backbone") -> dict[str, int]:
@@ -107,23 +98,11 @@ class Yolo(Detector):
     return f"P{self.facts.strides[int(np.searchsorted(ends, row, side='right'))].bit_length() - 1}"
 
   def freeze(self, trainable_layers: int) -> None:
-    network, fixed = self.network, 5 - trainable_layers
-    if hasattr(network, "detect"):
-      stages = [getattr(network.backbone, name) for name in ("stem", *(f"ERBlock_{i}" for i in range(2, 6)))]
-    else:   # a stage is the layers of a resolution
-      x, stages = Tensor.empty(1, 3, 128, 128), [[] for _ in range(5)]
-      outputs = network.run(x, network.backbone)
-      for number in range(network.backbone): stages[(128 // outputs[number].shape[2]).bit_length() - 2].append(network.model[number])
-    for stage in stages[:fixed]:
+    for stage in self.network.stages[:5 - trainable_layers]:
       for tensor in get_parameters(stage): tensor.is_param_(False)
 
   @property
-  def stages(self) -> Mapping[str, tuple[str, ...]]:
-    if hasattr(self.network, "detect"): return {"head": ("detect.",), "neck": ("neck.",), "backbone": ("backbone.",)}
-    last, body = len(self.network.model) - 1, self.network.backbone
-    def names(first: int, end: int) -> tuple[str, ...]: return tuple(f"model.{number}." for number in range(first, end))
-    parts = {"head": names(last, last + 1), "neck": names(body, last), "backbone": names(0, body)}
-    return {name: parts[name] for name in parts if name != "head" or self.facts.decode != "darknet"}
+  def stages(self) -> Mapping[str, tuple[str, ...]]: return self.network.parts
 
   def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return yolo.init_rule(self.name, key, shape)
 

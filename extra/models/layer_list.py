@@ -45,9 +45,10 @@ UP, HALVED = Layer(lambda in_channels: Double(), None), Layer(lambda in_channels
 
 class LayerList:
   """A picture's batch f32 [B,3,H,W], sides multiples of 32, through a list of layers, of which the last is the head -> its outputs. The first
-  `backbone` layers are the backbone."""
-  def __init__(self, layers: Sequence[Layer], backbone: int):
-    self.backbone = backbone
+  `backbone` layers are the backbone. The last is the `whole_head`, or gathers heads that stand among the neck's layers."""
+  def __init__(self, layers: Sequence[Layer], backbone: int, whole_head: bool = True):
+    self.ends = {"backbone": backbone, "pyramid": len(layers) - 1 if whole_head else backbone}   # layers before the end of each part
+    self.whole_head = whole_head
     self.model: list[Callable] = []
     self.sources = [tuple(s % i if s < 0 and i else s for s in entry.sources) for i, entry in enumerate(layers)]
     channels: list[int] = []
@@ -66,14 +67,30 @@ class LayerList:
     """The numbers of the layers before `end` that layers from there on take."""
     return sorted({s for sources in self.sources[end:] for s in sources if s < end})
 
-  def features(self, x: Tensor, end: int) -> list[Tensor]:
-    """The outputs of `taken(end)`."""
-    outputs = self.run(x, end)
-    return [outputs[number] for number in self.taken(end)]
+  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
+    """What the "backbone", or the "pyramid" behind it where the head is whole, hands on."""
+    outputs = self.run(x, self.ends[layer])
+    return [outputs[number] for number in self.taken(self.ends[layer])]
 
-  def rest(self, features: Sequence[Tensor], end: int) -> tuple[Tensor, ...]:
-    """What the layers from `end` on make of `features`."""
+  def rest(self, features: Sequence[Tensor], layer: str = "backbone") -> tuple[Tensor, ...]:
+    """The head's outputs from the `features` of `layer`."""
+    end = self.ends[layer]
     return self._run(dict(zip(self.taken(end), features)), end, len(self.model), None)[len(self.model) - 1]
+
+  @property
+  def stages(self) -> list[Any]:
+    """The backbone's five, from the picture on: a stage is the layers of a resolution."""
+    stages: list[list] = [[] for _ in range(5)]
+    outputs = self.run(Tensor.empty(1, 3, 128, 128), self.ends["backbone"])   # only shapes: nothing is computed
+    for number, output in outputs.items(): stages[(128 // output.shape[2]).bit_length() - 2].append(self.model[number])
+    return stages
+
+  @property
+  def parts(self) -> dict[str, tuple[str, ...]]:
+    """How the names of tensors begin, from the last part to the first."""
+    last, body = len(self.model) - 1, self.ends["backbone"]
+    def names(first: int, end: int) -> tuple[str, ...]: return tuple(f"model.{number}." for number in range(first, end))
+    return ({"head": names(last, last + 1)} if self.whole_head else {}) | {"neck": names(body, last), "backbone": names(0, body)}
 
   def _run(self, outputs: dict[int, Any], first: int, end: int, x: Tensor | None) -> dict[int, Any]:
     """The outputs of the layers from `first` to before `end`, beside those given."""

@@ -53,7 +53,8 @@ def facts(name: str) -> Facts:
 def made(name: str, num_classes: int) -> Any:
   """The network `name` without values: only names and shapes are sure."""
   if name in yolov6.SIZES: return yolov6.YOLOv6(yolov6.SIZES[name], num_classes)
-  return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes), facts(name).backbone)
+  return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes), facts(name).backbone,
+                   whole_head=facts(name).decode != "darknet")
 
 
 def build(name: str, num_classes: int = 80, seed: int = 0) -> Any:

@@ -1,7 +1,7 @@
 """YOLOv6 3.0 (Li et al. 2023, arXiv 2301.05586), n, s, m and l, with the `state_dict` keys of its own files."""
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from tinygrad import Tensor
 from tinydet.models.yolo_blocks import Activation, Conv, branch_outputs, joined, norm, pyramid, through
 from tinydet.nn.layers import Conv2d, ConvTranspose2x2, silu
@@ -189,4 +189,23 @@ class YOLOv6:
     """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
     return {f"detect.cls_preds.{i}.{part}": (1, 0) for i in range(len(self.detect.cls_preds)) for part in ("weight", "bias")}
 
-  def __call__(self, x: Tensor) -> tuple[Tensor, ...]: return self.detect(self.neck(*self.backbone(x)))
+  def __call__(self, x: Tensor) -> tuple[Tensor, ...]: return self.rest(self.features(x))
+
+  def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
+    """What the "backbone", or the "pyramid" behind it, hands on."""
+    levels = self.backbone(x)
+    return self.neck(*levels) if layer == "pyramid" else levels
+
+  def rest(self, features: Sequence[Tensor], layer: str = "backbone") -> tuple[Tensor, ...]:
+    """The head's outputs from the `features` of `layer`."""
+    return self.detect(features if layer == "pyramid" else self.neck(*features))
+
+  @property
+  def stages(self) -> list[Any]:
+    """The backbone's five, from the picture on."""
+    return [self.backbone.stem, *(getattr(self.backbone, f"ERBlock_{i}") for i in range(2, 6))]
+
+  @property
+  def parts(self) -> dict[str, tuple[str, ...]]:
+    """How the names of tensors begin, from the last part to the first."""
+    return {"head": ("detect.",), "neck": ("neck.",), "backbone": ("backbone.",)}
