@@ -117,6 +117,8 @@ def write_c(out: str | Path, detector: Detector, image: np.ndarray, nms_threshol
   Returns how far its numbers on `image` are from the detector's own, in shares of the largest, or None where there is no compiler to try it with.
   UserError where they are not the same or a file cannot be written; then neither is kept."""
   out, canvas, batch = Path(out), image.shape[:2], Tensor(np.ascontiguousarray(image[None])).realize()
+  for path in (out, out.with_suffix(".bin")):   # two files get their names one after the other: neither may fail
+    if path.is_dir(): raise UserError(f"cannot write {path}: is a folder; choose another --out")
   detector.fold()
   for constant in detector.constants(canvas): constant.realize()
 

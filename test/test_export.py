@@ -148,6 +148,11 @@ def test_c_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
   detector, _, _ = detectors.open_detector("shapes")
   image = Shapes("val", 1, size=128, count=1)[0].image
   with pytest.raises(UserError, match="cannot write"): export.write_c(tmp_path / "none" / "x.c", detector, image)
+  for taken in ("y.c", "z.bin"):
+    (folder := tmp_path / taken).mkdir()
+    with pytest.raises(UserError, match="is a folder"): export.write_c(folder.with_suffix(".c"), detector, image)
+    assert [p.name for p in tmp_path.iterdir()] == [taken]
+    folder.rmdir()
   predict = detector.predict
   monkeypatch.setattr(detector, "predict", lambda batch: type(found := predict(batch))(found.boxes + 9, found.scores))
   if shutil.which("cc"):
