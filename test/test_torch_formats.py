@@ -96,13 +96,21 @@ def test_a_whole_training_checkpoint(tmp_path, zipped, optimizer):
   assert same(through(tmp_path / "x.pth", checkpoint, zipped), checkpoint)
 
 
+@NEW_AND_OLD
+def test_a_whole_model_is_the_tensors_of_its_state_dict(tmp_path, zipped):
+  model = network()
+  model.register_buffer("hidden", torch.ones(2), persistent=False)   # state_dict leaves it out
+  ours = through(tmp_path / "x.pth", model, zipped)
+  assert ours.name == "torch.nn.modules.container.Sequential" and same(ours.tensors, dict(model.state_dict()))
+
+
 def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path):
   sparse = torch.tensor([[0., 1.], [0., 0.]]).to_sparse()
   quantised = torch._empty_affine_quantized([2], scale=1., zero_point=0, dtype=torch.qint8)
-  for value, word in [(network(), r"torch\.nn\.modules\.container\.Sequential.*state_dict\(\)"), (sparse, "torch._utils._rebuild_sparse_tensor"),
-                      (torch.zeros(2).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"), (quantised, "torch._utils._rebuild_qtensor"),
-                      (torch.zeros(2).untyped_storage(), "a Storage where data belongs"), (torch.ones(2, dtype=torch.complex64).conj(), "conjugate"),
-                      (torch.ones(1).expand(5), "share memory"), ([b := torch.arange(4.), b[1:]], "overlaps another in part")]:
+  for value, word in [(sparse, "torch._utils._rebuild_sparse_tensor"), (torch.zeros(2).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+                      (quantised, "torch._utils._rebuild_qtensor"), (torch.zeros(2).untyped_storage(), "a Storage where data belongs"),
+                      (torch.ones(2, dtype=torch.complex64).conj(), "conjugate"), (torch.ones(1).expand(5), "share memory"),
+                      ([b := torch.arange(4.), b[1:]], "overlaps another in part")]:
     for zipped in (True, False):
       if not zipped and word == "torch.float8_e4m3fn": continue
       with pytest.raises(UserError, match=rf"x\.pth: .*{word}"): through(tmp_path / "x.pth", value, zipped)
