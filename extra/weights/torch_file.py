@@ -209,7 +209,7 @@ def _read_stream(data: bytes, spend: Callable) -> Any:
   about, at = _unpickle(data, at, spend)
   if protocol != PROTOCOL or type(about) is not dict: raise ValueError("is of an unknown version of torch's format")
   if about.get("little_endian") is not True: raise ValueError("was written on a big-endian machine; load and save it there with a newer torch")
-  value, at = _unpickle(data, at, spend, lambda pid: _storage(storages, pid), whole_models=True)
+  value, at = _unpickle(data, at, spend, lambda pid: _storage_or_class(storages, pid), whole_models=True)
   keys, at = _unpickle(data, at, spend)
   if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
     raise ValueError("lists other storages than its tensors have")
@@ -351,10 +351,16 @@ def _unpickle(data: bytes, at: int, spend: Callable, persistent: Callable[[Any],
   except (IndexError, KeyError): raise ValueError(f"has a damaged pickle: {op} finds nothing on the stack or in the memo") from None
 
 
+def _storage_or_class(storages: dict[str, _Storage], pid: Any) -> _Storage | _Name:
+  """What the stream's persistent id stands for: a storage, or a module's class ("module", class, file, source), whose source is left alone."""
+  if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is _Name: return pid[1]
+  return _storage(storages, pid)
+
+
 def _storage(storages: dict[str, _Storage], pid: Any) -> _Storage:
   """The storage of a persistent id ("storage", type, key, device, number of elements); the stream adds None: it is no view of another storage."""
   if type(pid) is not tuple or [type(v) for v in pid[:5]] != [str, _Name, str, str, int] or pid[0] != "storage" or pid[5:] not in ((), (None,)):
-    raise ValueError("has a persistent id of an unknown form: views of storages and pickled modules are not read")
+    raise ValueError("has a persistent id of an unknown form: views of storages are not read")
   _, name, key, _, numel, *_ = pid
   if name not in STORAGE_TYPES: raise ValueError(f"has a storage of {_dotted(name)}")
   code, nbytes = STORAGE_TYPES[name], _natural(numel) * _itemsize(STORAGE_TYPES[name])
