@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 from tinydet.runtime import cpu as cores
+from tinydet.runtime.graphs import jit
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="is about the CPU device")
 
@@ -51,6 +52,15 @@ def test_a_graph_updates_its_state():
   for i in range(1, 6):
     x = Tensor.full((1000,), float(i)).contiguous().realize()
     assert add(x).numpy()[0] == i * (i + 1)
+
+
+def test_a_captured_function_uses_all_cores_whoever_asks(monkeypatch):
+  """A library's user calls `predict`, and no program has asked for the device before."""
+  device = Device["CPU"]
+  monkeypatch.setattr(device, "runtime_t", cores.CPUProgram)
+  monkeypatch.setattr(device, "graph", None)
+  jit(lambda x: (x + 1).contiguous())(Tensor.ones(4).contiguous().realize())
+  assert device.runtime_t is cores.ThreadedProgram and device.graph is cores.CPUGraph
 
 
 def test_debug_2_shows_each_kernel():

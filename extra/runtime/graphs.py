@@ -12,6 +12,7 @@ from tinygrad import Context, Tensor, TinyJit, UOp, getenv
 from tinygrad.dtype import DType
 from tinydet.cache import cache_folder
 from tinydet.runtime import compiling, graph_file, random
+from tinydet.runtime.cpu import use_all_cores
 from tinydet.runtime.fork import refuse_in_fork
 from tinydet.runtime.graph_key import graph_key
 from tinydet.parts import take
@@ -52,7 +53,9 @@ def jit(function: Callable) -> Callable:
       graph, used = graphs.get(key, (None, []))
       if graph is not None and not _replaced(used): return graph(*tensors)
       graphs.pop(key, None)
-      random.prepare(*(device for t in tensors for device in (t.device if isinstance(t.device, tuple) else (t.device,))))
+      devices = [device for t in tensors for device in (t.device if isinstance(t.device, tuple) else (t.device,))]
+      if "CPU" in devices: use_all_cores()   # whoever calls: a program that has asked for the device has them, a library's user too
+      random.prepare(*devices)
       alive = _alive()
       result, graph, buffers = _captured(function, tensors, workspaces)
       graphs[key], owners[:] = (graph, _used(alive, buffers)), [os.getpid()]
