@@ -8,73 +8,84 @@ A picture lies in memory as one row of numbers. Where its rows are all padded to
 same step ahead for each, so a tap of the kernel is a constant step, and all columns of a picture together are one long axis. What comes out where a
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
-from collections.abc import Callable
-from typing import Any
-from tinygrad import Device, Tensor, UOp, dtypes, function
-from tinydet.parts import take
+from tinygrad import Tensor, UOp
+from tinydet.nn import winograd_cpu
+from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, fits, parts_of, run  # noqa: F401 fits is asked for here
 
-_parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
-              "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo", "tinygrad.uop.ops:Ops.PROGRAM",
-              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", instead="convolutions on the CPU are tinygrad's own, several times slower")
-if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_ = _parts
-
-LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
-
-# Of what follows in C, capitals that no enum has are defined for each kernel: COUNT is the length of the long axis, GROUPS those of the convolution,
-# IN and OUT the channels of one group, BATCH the pictures, and so on. A vector that would reach over the end of the axis begins earlier, so do a
-# block of channels and a tile at theirs: what is computed twice is the same both times.
-HEAD = """
-#if defined(__AVX512F__)
-enum { WIDEST = 16, SUMS = 24, ACROSS_MOST = 4 };
-#elif defined(__AVX__)
-enum { WIDEST = 8, SUMS = 12, ACROSS_MOST = 2 };
-#elif defined(__aarch64__)
-enum { WIDEST = 4, SUMS = 24, ACROSS_MOST = 4 };
-#else
-enum { WIDEST = 4, SUMS = 12, ACROSS_MOST = 2 };
-#endif
-enum { LANES = COUNT < 2 ? 1 : COUNT < 4 ? 2 : COUNT < 8 || WIDEST == 4 ? 4 : COUNT < 16 || WIDEST == 8 ? 8 : 16 };
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
-#define UNROLLED _Pragma("clang loop unroll(full)") for
-#define LEAST(a, b) ((a) < (b) ? (a) : (b))
-#define WHOLE(a, b) (((a) + (b) - 1) / (b))
-"""
-
-# Output [BATCH, GROUPS*OUT, PHASES, PLANE], of which PHASES have each its own taps: those from `first[phase]` on, x the step from the place of the
-# output, w the place in the weight. Sums of DOWN output channels at ACROSS vectors of the long axis.
-CORRELATE = """
+# Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
+# to `end`: x the step from the place of the output, w the place in the weight.
+TILE = """
 enum { VECTORS = WHOLE(COUNT, LANES), FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
        ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), TILES = WHOLE(VECTORS, ACROSS),
        DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN) };
+static inline void tile(float *restrict to, const float *restrict in, const float *restrict w, long start, int tap, int end BIAS_PARAMETER) {
+  long at[ACROSS];
+  UNROLLED (int v = 0; v < ACROSS; v++) at[v] = LEAST(start + v * LANES, COUNT - LANES);
+  vector sum[DOWN][ACROSS];
+  UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = (vector){0} + BIAS(d);
+  for (int i = 0; i < IN; i++, in += X_PLANE, w += W_IN)
+    for (int t = tap; t < end; t++) {
+      vector a[ACROSS];
+      UNROLLED (int v = 0; v < ACROSS; v++) a[v] = *(const vector *)(in + taps[t].x + at[v]);
+      UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] += a[v] * w[taps[t].w + d * W_OUT];
+    }
+  UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
+  if (WIDTH == PITCH) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++)
+    *(vector *)(to + (long)d * PHASES * PLANE + at[v]) = sum[d][v];
+  else UNROLLED (int v = 0; v < ACROSS; v++) {
+    long row = at[v] / PITCH, column = at[v] % PITCH;
+    if (column + LANES <= WIDTH) UNROLLED (int d = 0; d < DOWN; d++)   // most lie in one row
+      *(vector *)(to + (long)d * PHASES * PLANE + row * WIDTH + column) = sum[d][v];
+    else for (int l = 0; l < LANES; l++) {
+      if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PHASES * PLANE + row * WIDTH + column] = sum[d][v][l];
+      if (++column == PITCH) { column = 0; row++; }
+    }
+  }
+}
+"""
+
+# Output [BATCH, GROUPS*OUT, PHASES, PLANE], of which PHASES have each its own taps, those from `first[phase]` on, from pictures that are padded
+CORRELATE = TILE + """
 void NAME(float *restrict out, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
   const long items = (long)BATCH * TILES * PHASES * GROUPS * BLOCKS;
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
     const int block = item % BLOCKS, group = item / BLOCKS % GROUPS, phase = item / BLOCKS / GROUPS % PHASES;
-    const long tile = item / BLOCKS / GROUPS / PHASES % TILES, b = item / BLOCKS / GROUPS / PHASES / TILES;
-    const long o = LEAST(block * DOWN, OUT - DOWN);
-    const float *in = x + (b * GROUPS + group) * IN * X_PLANE, *w = weight + (long)group * OUT * IN * TAPS + o * W_OUT;
-    long at[ACROSS];
-    UNROLLED (int v = 0; v < ACROSS; v++) at[v] = LEAST((tile * ACROSS + v) * LANES, COUNT - LANES);
-    vector sum[DOWN][ACROSS];
-    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = (vector){0} + BIAS(group * OUT + o + d);
-    for (int i = 0; i < IN; i++, in += X_PLANE, w += W_IN)
-      for (int t = first[phase]; t < first[phase + 1]; t++) {
-        vector a[ACROSS];
-        UNROLLED (int v = 0; v < ACROSS; v++) a[v] = *(const vector *)(in + taps[t].x + at[v]);
-        UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] += a[v] * w[taps[t].w + d * W_OUT];
-      }
-    float *to = out + (((b * GROUPS + group) * OUT + o) * PHASES + phase) * PLANE;
-    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
-    if (WIDTH == PITCH) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++)
-      *(vector *)(to + (long)d * PHASES * PLANE + at[v]) = sum[d][v];
-    else UNROLLED (int v = 0; v < ACROSS; v++) {
-      long row = at[v] / PITCH, column = at[v] % PITCH;
-      if (column + LANES <= WIDTH) UNROLLED (int d = 0; d < DOWN; d++)   // most lie in one row
-        *(vector *)(to + (long)d * PHASES * PLANE + row * WIDTH + column) = sum[d][v];
-      else for (int l = 0; l < LANES; l++) {
-        if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PHASES * PLANE + row * WIDTH + column] = sum[d][v][l];
-        if (++column == PITCH) { column = 0; row++; }
-      }
+    const long n = item / BLOCKS / GROUPS / PHASES % TILES, b = item / BLOCKS / GROUPS / PHASES / TILES, o = LEAST(block * DOWN, OUT - DOWN);
+    tile(out + (((b * GROUPS + group) * OUT + o) * PHASES + phase) * PLANE, x + (b * GROUPS + group) * IN * X_PLANE,
+         weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES, first[phase], first[phase + 1] BIAS_FROM(group * OUT + o));
+  }
+}
+"""
+
+# The same from pictures [BATCH, GROUPS*IN, HEIGHT, COLUMNS] as they are, of which BAND rows of the output at a time find theirs in `scratch`, sorted
+# into PHASE_ROWS x PHASE_COLUMNS phases of the stride and with zeros around; a SPLITS-th of the output channels each.
+CONVOLVE = TILE + """
+enum { OUT_H = PLANE / WIDTH, BANDS = WHOLE(OUT_H, BAND), ROWS = X_PLANE / PITCH / PHASE_ROWS / PHASE_COLUMNS };
+static inline void lay_out(float *restrict to, const float *restrict picture, long top) {
+  for (int r = 0; r < ROWS; r++) UNROLLED (int p = 0; p < PHASE_ROWS; p++) {
+    const long row = (top + r) * STRIDE + p - PADDING;
+    UNROLLED (int q = 0; q < PHASE_COLUMNS; q++) {
+      float *line = to + (p * PHASE_COLUMNS + q) * ROWS * PITCH + r * PITCH;
+      const int start = q < PADDING ? WHOLE(PADDING - q, STRIDE) : 0, stop = LEAST(PITCH, (COLUMNS - 1 + PADDING - q) / STRIDE + 1);
+      if (row < 0 || row >= HEIGHT) { for (int c = 0; c < PITCH; c++) line[c] = 0; continue; }
+      const float *from = picture + row * COLUMNS + q - PADDING;
+      for (int c = 0; c < start; c++) line[c] = 0;
+      for (int c = start; c < stop; c++) line[c] = from[c * STRIDE];
+      for (int c = stop; c < PITCH; c++) line[c] = 0;
+    }
+  }
+}
+void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
+  float *mine = scratch + (long)core * IN * X_PLANE;
+  const long items = (long)BATCH * GROUPS * BANDS * SPLITS;
+  for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
+    const long split = item % SPLITS, top = LEAST(item / SPLITS % BANDS * BAND, OUT_H - BAND);
+    const long picture = item / SPLITS / BANDS, group = picture % GROUPS;
+    for (long i = 0; i < IN; i++) lay_out(mine + i * X_PLANE, x + (picture * IN + i) * HEIGHT * COLUMNS, top);
+    for (long n = 0; n < TILES; n++) for (long block = BLOCKS * split / SPLITS; block < BLOCKS * (split + 1) / SPLITS; block++) {
+      const long o = LEAST(block * DOWN, OUT - DOWN);
+      tile(out + (picture * OUT + o) * PLANE + top * WIDTH, mine, weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES, 0, TAPS
+           BIAS_FROM(group * OUT + o));
     }
   }
 }
@@ -118,67 +129,28 @@ void NAME(float *restrict out, const float *restrict x, const float *restrict gr
 }
 """
 
-WITH_BIAS = """
-#define BIAS_PARAMETER , const float *restrict bias
-#define BIAS(channel) bias[channel]
-"""
-WITHOUT_BIAS = """
-#define BIAS_PARAMETER
-#define BIAS(channel) 0
-"""
-
-LINEAR = """
-#define ACTIVATED(x) x
-"""
-# 2^y as 2^whole * 2^part, the latter, of a number within a half of 0, as seven terms of its series
-SILU = """
-typedef int whole __attribute__((vector_size(4 * LANES), aligned(4)));
-static inline vector silu(vector x) {
-  vector y = __builtin_elementwise_max(__builtin_elementwise_min(x * -1.44269504f, (vector){0} + 126), (vector){0} - 126);
-  whole n = __builtin_convertvector(y + 127.5f, whole) - 127;
-  y -= __builtin_convertvector(n, vector);
-  vector part = ((((((y * 1.5403530e-4f + 1.3333558e-3f) * y + 9.6181291e-3f) * y + 5.5504109e-2f) * y + 0.24022651f) * y + 0.69314718f) * y + 1);
-  return x / (1 + part * (vector)((n + 127) << 23));
-}
-#define ACTIVATED(x) silu(x)
-"""
+BAND_MOST = 96 << 10   # numbers of a picture that are laid out at a time: they are to stay in a core's own cache
 
 Taps = list[list[tuple[int, int]]]   # of each phase: (step in the input, place in the weight)
 
 
-@functools.cache   # inside a `function` a device cannot be asked
-def _renderer() -> Any: return Device["CPU"].renderer
-
-
-def fits(*tensors: Tensor) -> bool:
-  """Whether these kernels can compute with `tensors`: all are on one CPU, and its kernels are C."""
-  return bool(_parts) and all(t.device == "CPU" for t in tensors) and isinstance(_renderer(), ClangRenderer)
-
-
-def _kernel(name: str, code: str, size: int, products: int, taps: Taps, tensors: tuple[Tensor, ...], sizes: dict[str, int]) -> Tensor:
-  """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each; `products` are its multiplications."""
-  cores = max(1, min(NUM_CPU_THREADS.value, products // LEAST_WORK))
+def _kernel(name: str, code: str, size: int, products: int, taps: Taps, tensors: tuple[Tensor, ...], sizes: dict[str, int],
+            scratch: int = 0) -> Tensor:
+  """`c_kernel` of `code` behind the tables that it reads its taps from."""
   starts = [sum(map(len, taps[:phase])) for phase in range(len(taps) + 1)]
-  source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, "PHASES": len(taps), **sizes}.items())
-  source += f"static const struct {{ int x, w; }} taps[] = {{ {', '.join(f'{{{x}, {w}}}' for phase in taps for x, w in phase)} }};\n"
-  source += f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n{HEAD}{code}"
-
-  def program(*arguments: UOp) -> UOp:
-    core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
-    moved = 4 * (size + sum(t.numel() for t in tensors))
-    sink = UOp.sink(arg=KernelInfo(name=name, estimates=Estimates(2 * products, moved, moved)))
-    numbers = tuple(range(len(arguments)))
-    info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:1], numbers[1:], _renderer().target)
-    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*arguments, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
-
-  return Tensor.invalids(size, dtype=dtypes.float32, device="CPU").custom_kernel(*tensors, fxn=program)[0]
+  tables = f"static const struct {{ int x, w; }} taps[] = {{ {', '.join(f'{{{x}, {w}}}' for phase in taps for x, w in phase)} }};\n"
+  tables += f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n"
+  return c_kernel(name, tables + code, size, products, tensors, {"PHASES": len(taps), **sizes}, scratch)
 
 
-def _run(make: Callable[..., Tensor], *tensors: Tensor, gradient: Callable | None = None) -> Tensor:
-  """`make(*tensors)`, which is a kernel of them. As a function of its own that makes its own memory, that and `tensors` of one axis: in each other
-  way tinygrad copies the result, or what is assigned to later, as weights are."""
-  flat = (t.reshape(-1).contiguous() for t in tensors)
-  return function(make, precompile=True, grad_fxn=gradient)(*flat).contiguous()   # without which it is run at each use
+def _bands(pictures: int, rows: int, over: int, row: int, products: int, cores: int) -> tuple[int, int]:
+  """Rows of the output and parts of the channels that a part of the work takes, of so many `pictures` of `rows`, each of which is laid out in `row`
+  numbers and takes `products` multiplications: those of which the last core to be ready is ready first."""
+  def cost(band: int, splits: int) -> float:
+    # sixteen multiplications, or four numbers laid out, in a cycle
+    return -(-pictures * -(-rows // band) * splits // cores) * (band * products / splits / 16 + (band + over) * row / 4 + 1000)
+  bands = [band for band in range(1, rows + 1) if band == 1 or (band + over) * row <= BAND_MOST]
+  return min(((band, splits) for band in bands for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int, silu: bool = False) -> Tensor:
@@ -193,15 +165,39 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   phases = [min(k, stride) for k in kernel]                     # a stride of 2 sorts the pixels into even and odd ones
   places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
   products = batch * out_channels * math.prod(out_size) * per_group * len(places)
-  x_taps = [[(((p % stride * phases[1] + q % stride) * rows + p // stride) * pitch + q // stride, w) for p, q, w in places]]
   common = {"BATCH": batch, "GROUPS": groups, "TAPS": len(places), "PITCH": pitch}
-  one_way = common | {"COUNT": (out_size[0] - 1) * pitch + out_size[1], "IN": per_group, "OUT": out_channels // groups,
-                      "X_PLANE": math.prod(phases) * rows * pitch}
+  plain = kernel == [1, 1] and stride == 1 and not padding      # the picture is laid out as it is
+  fast = kernel == [3, 3] and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, tuple(out_size))
+
+  def one_way(out_rows: int) -> tuple[Taps, dict[str, int]]:
+    """The taps and the sizes of so many rows of the output, laid out with the rows that they reach to."""
+    high = out_rows + over[0]
+    taps = [[(((p % stride * phases[1] + q % stride) * high + p // stride) * pitch + q // stride, w) for p, q, w in places]]
+    return taps, common | {"COUNT": (out_rows - 1) * pitch + out_size[1], "IN": per_group, "OUT": out_channels // groups,
+                           "X_PLANE": math.prod(phases) * high * pitch}
+
+  def laid_out(x: Tensor) -> Tensor:
+    x = x.reshape(batch, channels, *size)
+    x = x.pad(((0, 0), (0, 0), *((padding, side * stride - length - padding) for side, length in zip((rows, pitch), size))))
+    x = x.reshape(batch, channels, rows, stride, pitch, stride).permute(0, 1, 3, 5, 2, 4)
+    return x.shrink((None, None, (0, phases[0]), (0, phases[1]), None, None)).reshape(-1)
 
   def forward(*tensors: Tensor, silu: bool = silu) -> Tensor:
-    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + CORRELATE
-    sizes = {"PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": per_group * len(places), "W_IN": len(places)}
-    return _kernel("conv", code, batch * out_channels * math.prod(out_size), products, x_taps, tensors, one_way | sizes)
+    if fast:
+      x, weight, *rest = tensors
+      return winograd_cpu.correlate(x, weight, rest[0] if rest else None, batch, channels, out_channels, tuple(size), padding, silu=silu)
+    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR)
+    written = {"PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": per_group * len(places), "W_IN": len(places)}
+    amount = batch * out_channels * math.prod(out_size), products
+    if plain:
+      taps, sizes = one_way(out_size[0])
+      return _kernel("conv", code + CORRELATE, *amount, taps, tensors, sizes | written)
+    each = per_group * math.prod(phases) * pitch
+    band, splits = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
+    taps, sizes = one_way(band)
+    sizes |= written | {"BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride, "PADDING": padding,
+                        "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1]}
+    return _kernel("conv", code + CONVOLVE, *amount, taps, tensors, sizes, scratch=per_group * sizes["X_PLANE"])
 
   # The gradient is padded to the pitch of the input. Of that of the input only what is not padding is computed, where it lies in one piece.
   inside = padding if stride == 1 else 0
@@ -210,6 +206,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   g_rows = top + in_rows + inside
 
   def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    if fast:
+      return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, tuple(out_size), 2 - padding, turned=True,
+                                    place=(g_rows * pitch, top * pitch, pitch), name="conv_input_gradient")
     taps = [[((top + inside - p // stride) * pitch + inside - q // stride, w) for p, q, w in places if (p % stride, q % stride) == (a, b)]
             for a in range(phases[0]) for b in range(phases[1])]
     sizes = {"COUNT": (in_rows - 1) * pitch + in_columns, "IN": out_channels // groups, "OUT": per_group, "X_PLANE": g_rows * pitch,
@@ -218,22 +217,22 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    taps, all_sizes = one_way(out_size[0])
     sizes = {"G_PLANE": g_rows * pitch, "G_START": top * pitch}
-    return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, x_taps, (x, grad), one_way | sizes)
+    return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, taps, (x, grad), all_sizes | sizes)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
     x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + (bias is not None)])
     g = Tensor(grad)
     if silu:
-      before = _run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
+      before = run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
       g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
     g = g.reshape(batch, out_channels, *out_size)
     g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1]))).reshape(-1).contiguous()
-    of_x = _run(input_gradient, g, flat_weight).reshape(batch, channels, *phases, in_rows, in_columns)
-    of_x = of_x.pad(((0, 0),) * 4 + ((inside, inside),) * 2).reshape(-1)
-    return of_x.uop, _run(weight_gradient, x, g).uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
+    of_x, there = run(input_gradient, g, flat_weight), laid_out(x)
+    if not fast:
+      of_x = of_x.reshape(batch, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2).reshape(-1)
+      of_x, = there.gradient(x, gradient=of_x)
+    return of_x.uop, run(weight_gradient, there, g).uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
 
-  x = x.pad(((0, 0), (0, 0), *((padding, side * stride - length - padding) for side, length in zip((rows, pitch), size))))
-  x = x.reshape(batch, channels, rows, stride, pitch, stride).permute(0, 1, 3, 5, 2, 4)
-  x = x.shrink((None, None, (0, phases[0]), (0, phases[1]), None, None))
-  return _run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(batch, out_channels, *out_size)
+  return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(batch, out_channels, *out_size)

@@ -1,0 +1,107 @@
+"""Kernels in C for processors, which tinygrad compiles and runs like its own: what all of them share."""
+import functools
+from collections.abc import Callable
+from typing import Any
+from tinygrad import Device, Tensor, UOp, dtypes, function
+from tinydet.parts import take
+
+_parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
+              "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo", "tinygrad.uop.ops:Ops.PROGRAM",
+              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", instead="convolutions on the CPU are tinygrad's own, several times slower")
+if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_ = _parts
+
+LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
+
+# Of what follows in C, capitals that no enum has are defined for each kernel: COUNT is the length of the long axis, GROUPS those of the convolution,
+# IN and OUT the channels of one group, BATCH the pictures, and so on. A vector that would reach over the end of the axis begins earlier, so do a
+# block of channels and a tile at theirs: what is computed twice is the same both times.
+HEAD = """
+#if defined(__AVX512F__)
+enum { WIDEST = 16, SUMS = 24, ACROSS_MOST = 4 };
+#elif defined(__AVX__)
+enum { WIDEST = 8, SUMS = 12, ACROSS_MOST = 2 };
+#elif defined(__aarch64__)
+enum { WIDEST = 4, SUMS = 24, ACROSS_MOST = 4 };
+#else
+enum { WIDEST = 4, SUMS = 12, ACROSS_MOST = 2 };
+#endif
+enum { LANES = COUNT < 2 ? 1 : COUNT < 4 ? 2 : COUNT < 8 || WIDEST == 4 ? 4 : COUNT < 16 || WIDEST == 8 ? 8 : 16 };
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+#define UNROLLED _Pragma("clang loop unroll(full)") for
+#define LEAST(a, b) ((a) < (b) ? (a) : (b))
+#define WHOLE(a, b) (((a) + (b) - 1) / (b))
+"""
+
+WITH_BIAS = """
+#define BIAS_PARAMETER , const float *restrict bias
+#define BIAS_FROM(channel) , bias + channel
+#define BIAS(channel) bias[channel]
+"""
+WITHOUT_BIAS = """
+#define BIAS_PARAMETER
+#define BIAS_FROM(channel)
+#define BIAS(channel) 0
+"""
+
+LINEAR = """
+#define ACTIVATED(x) x
+"""
+# 2^y as 2^whole * 2^part, the latter, of a number within a half of 0, as seven terms of its series
+SILU = """
+typedef int whole __attribute__((vector_size(4 * LANES), aligned(4)));
+static inline vector silu(vector x) {
+  vector y = __builtin_elementwise_max(__builtin_elementwise_min(x * -1.44269504f, (vector){0} + 126), (vector){0} - 126);
+  whole n = __builtin_convertvector(y + 127.5f, whole) - 127;
+  y -= __builtin_convertvector(n, vector);
+  vector part = ((((((y * 1.5403530e-4f + 1.3333558e-3f) * y + 9.6181291e-3f) * y + 5.5504109e-2f) * y + 0.24022651f) * y + 0.69314718f) * y + 1);
+  return x / (1 + part * (vector)((n + 127) << 23));
+}
+#define ACTIVATED(x) silu(x)
+"""
+
+
+@functools.cache   # inside a `function` a device cannot be asked
+def _renderer() -> Any: return Device["CPU"].renderer
+
+
+def fits(*tensors: Tensor) -> bool:
+  """Whether these kernels can compute with `tensors`: all are on one CPU, and its kernels are C."""
+  return bool(_parts) and all(t.device == "CPU" for t in tensors) and isinstance(_renderer(), ClangRenderer)
+
+
+def parts_of(products: int) -> int:
+  """Into how many parts, for as many cores, a kernel of so many multiplications is divided."""
+  return max(1, min(NUM_CPU_THREADS.value, products // LEAST_WORK))
+
+
+def c_kernel(name: str, code: str, size: int, products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int], scratch: int = 0) -> Tensor:
+  """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each; `products` are its multiplications.
+
+  `code` defines the function NAME(out, scratch, tensors..., core), where `scratch` numbers of memory for a part are asked for, else NAME(out,
+  tensors..., core); `sizes` are the capitals in it."""
+  cores = parts_of(products)
+  source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code
+
+  def program(*arguments: UOp) -> UOp:
+    core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
+    moved = 4 * (size + sum(t.numel() for t in tensors))
+    sink = UOp.sink(arg=KernelInfo(name=name, estimates=Estimates(2 * products, moved, moved)))
+    numbers, outs = tuple(range(len(arguments))), 2 if scratch else 1
+    info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:outs], numbers[outs:], _renderer().target)
+    return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*arguments, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
+
+  def memory(numbers: int) -> Tensor: return Tensor.invalids(numbers, dtype=dtypes.float32, device="CPU")
+  return memory(size).custom_kernel(*([memory(cores * scratch)] if scratch else []), *tensors, fxn=program)[0]
+
+
+def run(make: Callable[..., Tensor], *tensors: Tensor, gradient: Callable | None = None) -> Tensor:
+  """`make(*tensors)`, which is a kernel of them. As a function of its own that makes its own memory, that and `tensors` of one axis: in each other
+  way tinygrad copies the result, or what is assigned to later, as weights are."""
+  return function(make, precompile=True, grad_fxn=gradient)(*map(_row, tensors)).contiguous()   # without which it is run at each use
+
+
+def _row(x: Tensor) -> Tensor:
+  """`x` as one axis. What `run` gave is that already, below its shape, and tinygrad would copy it."""
+  u = x.uop
+  while u.op is Ops.RESHAPE: u = u.src[0]
+  return Tensor(u) if u.op is Ops.CONTIGUOUS and len(u.shape) == 1 else x.reshape(-1).contiguous()

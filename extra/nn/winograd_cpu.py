@@ -1,0 +1,197 @@
+"""3x3 convolutions of stride 1 on processors by a quarter of the multiplications (Lavin & Gray 2016, F(4x4,3x3)), as kernels in C.
+
+Each 4x4 piece of the output is found from 6x6 pixels at 36 points: pixels and weights are taken to the points, multiplied there channel by channel,
+and taken back. The points of a side are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with the usual 0, +-1, +-2 and infinity the result is four times as
+far from the exact one; with these it is as near as a plain sum."""
+from tinygrad import Tensor
+from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of
+
+LANES, MOST = 16, 3 << 20   # of the widest vectors that a band of tiles is chosen for; bytes of what a core has at hand at a time, about
+
+
+def _orders(lanes: int) -> str:
+  """EVERY0 to EVERY3, each fourth number of four vectors; FOURS(PAIRS(a, b), PAIRS(c, d)), four vectors woven into one row."""
+  every = (f"#define EVERY{j}(q) __builtin_shufflevector(q, q{''.join(f', {j + 4 * n}' for n in range(lanes))})\n" for j in range(4))
+  pairs = "".join(f", {n}, {lanes + n}" for n in range(lanes))
+  fours = "".join(f", {2 * n}, {2 * n + 1}, {2 * (lanes + n)}, {2 * (lanes + n) + 1}" for n in range(lanes))
+  return "".join(every) + f"#define PAIRS(a, b) __builtin_shufflevector(a, b{pairs})\n#define FOURS(a, b) __builtin_shufflevector(a, b{fours})\n"
+
+
+# COUNT is long enough for the widest vectors. A row of tiles is TX, of which TY lie below each other; a part of the work is BAND rows of PICTURES
+# pictures and a SPLITS-th of the channels. Steps from point to point are odd numbers of vectors, or they would meet in the same lines of a cache.
+SHARED = f"""
+enum {{ TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), TILES = PICTURES * BAND * TX, VECTORS = WHOLE(TILES, LANES),
+       FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
+       ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), CHUNKS = WHOLE(VECTORS, ACROSS),
+       ROW = CHUNKS * ACROSS * LANES + LANES, DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), MINE = WHOLE(BLOCKS, SPLITS),
+       ROOM = WHOLE(TX, LANES) * LANES * 4 + 8, V_STEP = IN * ROW + LANES, M_STEP = MINE * DOWN * ROW + LANES, U_STEP = BLOCKS * IN * DOWN + LANES }};
+#if defined(__AVX512F__)
+{_orders(16)}#elif defined(__AVX__)
+{_orders(8)}#else
+{_orders(4)}#endif
+#define A 0.70710678f
+#define B 1.41421356f
+"""
+
+# u [36][BLOCKS][IN][DOWN], in the order in which it is read, from w, of which FLIP turns the taps around
+WEIGHTS = """
+#define POINTS(z, a, b, c) { \\
+  const float e = -(2.f / 3) * a - (1.f / 3) * c, f = -(2.f / 3) * A * b, g = (1.f / 6) * a + (1.f / 3) * c, h = (1.f / 6) * B * b; \\
+  z(0, a) z(1, e + f) z(2, e - f) z(3, g + h) z(4, g - h) z(5, c) }
+void NAME(float *restrict u, const float *restrict w, int core) {
+  for (long item = (long)BLOCKS * IN * core / CORES; item < (long)BLOCKS * IN * (core + 1) / CORES; item++) {
+    const long block = item / IN, i = item % IN, o = LEAST(block * DOWN, OUT - DOWN);
+    float taps[9][DOWN], half[6][3][DOWN];
+    for (int d = 0; d < DOWN; d++) for (int t = 0; t < 9; t++) taps[t][d] = w[(o + d) * W_OUT + i * W_IN + (FLIP ? 8 - t : t)];
+    UNROLLED (int q = 0; q < 3; q++) for (int d = 0; d < DOWN; d++) {
+#define Z(p, value) half[p][q][d] = value;
+      POINTS(Z, taps[q][d], taps[3 + q][d], taps[6 + q][d])
+#undef Z
+    }
+    UNROLLED (int p = 0; p < 6; p++) for (int d = 0; d < DOWN; d++) {
+#define Z(q, value) u[(long)(p * 6 + q) * U_STEP + (block * IN + i) * DOWN + d] = value;
+      POINTS(Z, half[p][0][d], half[p][1][d], half[p][2][d])
+#undef Z
+    }
+  }
+}
+"""
+
+# x [BATCH, IN] planes of X_PLANE numbers, in which a picture of HEIGHT rows of WIDTH begins at START, with a row each PITCH, and PADDING zeros around
+CONVOLVE = """
+#define FORWARD(type, z, d0, d1, d2, d3, d4, d5) { \\
+  const type e = d4 - 2.f * d2, f = A * d3 - B * d1, g = d4 - .5f * d2, h = B * d3 - A * d1; \\
+  z(0, d0 - 2.5f * d2 + d4) z(1, e + f) z(2, e - f) z(3, g + h) z(4, g - h) z(5, d1 - 2.5f * d3 + d5) }
+#define BACK(z, m0, m1, m2, m3, m4, m5) { \\
+  const vector s = m1 + m2, t = m1 - m2, p = m3 + m4, q = m3 - m4; \\
+  z(0, m0 + s + p) z(1, A * t + B * q) z(2, .5f * s + 2.f * p) z(3, .35355339f * t + 2.82842712f * q + m5) }
+typedef float wide __attribute__((vector_size(16 * LANES), aligned(4)));
+enum { BANDS = WHOLE(TY, BAND), GATHERED = WHOLE(BATCH, PICTURES) };
+
+static inline void to_points(float *v, float rows[6][ROOM], const float *picture, long top) {
+  static const float nothing[WIDTH];   // zeros
+  const float *r[6];
+  UNROLLED (int k = 0; k < 6; k++) r[k] = top + k >= 0 && top + k < HEIGHT ? picture + (top + k) * PITCH : nothing;
+  for (int c = 0; c < WIDTH; c++) {
+#define Z(k, value) rows[k][c + PADDING] = value;
+    FORWARD(float, Z, r[0][c], r[1][c], r[2][c], r[3][c], r[4][c], r[5][c])
+#undef Z
+  }
+  for (int t = 0; t < TX; t += LANES) UNROLLED (int k = 0; k < 6; k++) {
+    const wide p = *(const wide *)(rows[k] + 4 * t), q = *(const wide *)(rows[k] + 4 * t + 4);
+    const vector d0 = EVERY0(p), d1 = EVERY1(p), d2 = EVERY2(p), d3 = EVERY3(p), d4 = EVERY0(q), d5 = EVERY1(q);
+#define Z(j, value) *(vector *)(v + (long)(k * 6 + j) * V_STEP + t) = value;
+    FORWARD(vector, Z, d0, d1, d2, d3, d4, d5)
+#undef Z
+  }
+}
+
+static inline void multiply(float *m, const float *v, const float *u) {
+  for (int chunk = 0; chunk < CHUNKS; chunk++, v += ACROSS * LANES, m += ACROSS * LANES) {
+    const float *in = v, *w = u;
+    vector sum[DOWN][ACROSS];
+    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] = (vector){0};
+    for (int i = 0; i < IN; i++, in += ROW, w += DOWN)
+      UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] += *(const vector *)(in + a * LANES) * w[d];
+    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) *(vector *)(m + d * ROW + a * LANES) = sum[d][a];
+  }
+}
+
+static inline void from_points(float *plane, const float *m, long top, float bias) {
+  for (int t = 0; t < TX; t += LANES) {
+    vector half[6][4], done[4][4];
+    UNROLLED (int k = 0; k < 6; k++) {
+      const float *at = m + (long)k * 6 * M_STEP + t;
+      vector l[6];
+      UNROLLED (int j = 0; j < 6; j++) l[j] = *(const vector *)(at + (long)j * M_STEP);
+#define Z(c, value) half[k][c] = value;
+      BACK(Z, l[0], l[1], l[2], l[3], l[4], l[5])
+#undef Z
+    }
+    UNROLLED (int c = 0; c < 4; c++) {
+#define Z(r, value) done[r][c] = ACTIVATED((value + bias));
+      BACK(Z, half[0][c], half[1][c], half[2][c], half[3][c], half[4][c], half[5][c])
+#undef Z
+    }
+    UNROLLED (int r = 0; r < 4; r++) if (top + r < OUT_H) {
+      float *to = plane + (top + r) * OUT_W + 4 * t, piece[4 * LANES];
+      const wide all = FOURS(PAIRS(done[r][0], done[r][1]), PAIRS(done[r][2], done[r][3]));
+      if (4 * t + 4 * LANES <= OUT_W) *(wide *)to = all;
+      else {
+        *(wide *)piece = all;
+        for (int c = 0; c < OUT_W - 4 * t; c++) to[c] = piece[c];
+      }
+    }
+  }
+}
+
+void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
+  float *v = scratch + (long)core * SCRATCH, *m = v + 36 * V_STEP, rows[6][ROOM];
+  for (int k = 0; k < 6; k++) for (int c = 0; c < ROOM; c++) rows[k][c] = 0;
+  for (int f = 0; f < 36; f++) for (int i = 0; i < IN; i++) for (int c = TILES; c < ROW; c++) v[f * V_STEP + i * ROW + c] = 0;
+  const long items = (long)GATHERED * BANDS * SPLITS;
+  for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
+    const long split = item % SPLITS, first = LEAST(item / SPLITS % BANDS * BAND, TY - BAND);
+    const long from = BLOCKS * split / SPLITS, to = BLOCKS * (split + 1) / SPLITS, b = LEAST(item / SPLITS / BANDS * PICTURES, BATCH - PICTURES);
+    for (long i = 0; i < IN; i++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++)
+      to_points(v + i * ROW + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * X_PLANE + START, (first + y) * 4 - PADDING);
+    for (int f = 0; f < 36; f++) for (long block = from; block < to; block++)
+      multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + f * U_STEP + block * IN * DOWN);
+    for (long block = from; block < to; block++) for (int d = 0; d < DOWN; d++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++) {
+      const long o = LEAST(block * DOWN, OUT - DOWN) + d;
+      from_points(out + ((b + p) * OUT + o) * OUT_H * OUT_W, m + ((block - from) * DOWN + d) * ROW + (p * BAND + y) * TX, (first + y) * 4, BIAS(o));
+    }
+  }
+}
+"""
+
+
+def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]) -> bool:
+  """Whether this way is the faster one: for few channels, or few tiles for many weights, getting to the points and back takes what is saved."""
+  tiles = -(-out_size[0] // 4) * -(-out_size[1] // 4)
+  return min(channels, out_channels) >= 32 and min(out_size) >= 8 and batch * tiles >= 24
+
+
+def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> tuple[int, int, int]:
+  """Pictures, rows of tiles and parts of the channels that a part of the work takes: those of which the last core to be ready is ready first."""
+  across, down = (-(-side // 4) for side in reversed(out_size))
+  best = None
+  for pictures, band in [(1, band) for band in range(1, down + 1)] + [(n, down) for n in range(2, batch + 1)]:
+    tiles = pictures * band * across
+    if best and tiles > 64 and (channels + out_channels) * tiles * 144 > MOST: break
+    vectors = -(-tiles // LANES)
+    computed = vectors if vectors < 4 else min(-(-vectors // 3) * 3, -(-vectors // 4) * 4)
+    for splits in (1, 2, 4):
+      items = -(-batch // pictures) * -(-down // band) * splits
+      if splits > 1 and (items // splits) % cores == 0: break
+      rows = pictures * band * -(-across // LANES)
+      # cycles: two multiplications of vectors in one, some 200 for a row of tiles on its way to the points, 130 back; weights read again
+      cost = -(-items // cores) * (18 * computed * channels * out_channels / splits + 200 * rows * channels + 130 * rows * out_channels / splits
+                                   + 9 * channels * out_channels / splits)
+      if best is None or cost < best[0]: best = cost, pictures, band, splits
+  return best[1:]
+
+
+def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channels: int, out_channels: int, size: tuple[int, int], padding: int, *,
+              place: tuple[int, int, int] | None = None, turned: bool = False, silu: bool = False, name: str = "conv") -> Tensor:
+  """What convolutions of 3x3 taps give, f32 [batch*out_channels*OH*OW] as one row, from as such rows x [batch,channels,H,W], weight
+  [out_channels,channels,3,3] and bias [out_channels]; with `padding` zeros around the pictures, and through SiLU where `silu`.
+
+  `place`: where x is part of larger planes, their numbers, the first of the picture and those from row to row. `turned`: weight is
+  [channels,out_channels,3,3] and its taps are turned around, as the gradient of an input takes them."""
+  out_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
+  products = batch * out_channels * out_size[0] * out_size[1] * channels * 9
+  cores = parts_of(products)
+  pictures, band, splits = _plan(batch, channels, out_channels, out_size, cores)
+  # no smaller than what the kernels' own enums come to for any vectors
+  row = pictures * band * -(-out_size[1] // 4) + 80
+  scratch = 36 * ((channels + out_channels // splits + 48) * row + 32)
+  plane, start, pitch = place or (size[0] * size[1], 0, size[1])
+  step = (9, out_channels * 9) if turned else (channels * 9, 9)
+  sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
+           "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits}
+  points = c_kernel(f"{name}_weights", SHARED + WEIGHTS, 36 * (channels * (out_channels + 24) + 16), 36 * channels * out_channels, (weight,),
+                    sizes | {"W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)})
+  code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + CONVOLVE
+  return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, points, *([] if bias is None else [bias])),
+                  sizes | {"X_PLANE": plane, "START": start, "PITCH": pitch, "SCRATCH": scratch}, scratch)
