@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from PIL import Image
-from tinygrad import Context, Tensor
+from tinygrad import Context, Device
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import option, parse
@@ -18,6 +18,7 @@ from tinydet.detectors.detector import Detector
 from tinydet.errors import exit_on_user_error
 from tinydet.export import write_onnx
 from tinydet.nn.init import set_values
+from tinydet.runtime.devices import to_devices, to_host
 from tinydet.runtime.graphs import jit
 from tinydet.weights import checkpoint
 
@@ -55,7 +56,7 @@ def ours(folder: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
   detector = network()
   run = jit(lambda x: tuple(t.contiguous() for t in detector.head(detector.features(x))))
   def call(x: np.ndarray) -> list[np.ndarray]:
-    with Context(TRAINING=0): return [t.numpy() for t in run(Tensor(x).realize())]
+    with Context(TRAINING=0): return [to_host(t) for t in run(to_devices(x, (Device.DEFAULT,)))]
   return call
 
 

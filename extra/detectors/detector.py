@@ -3,13 +3,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 import numpy as np
-from tinygrad import Context, Tensor, dtypes
+from tinygrad import Context, Device, Tensor, dtypes
 from tinygrad.dtype import DType
 from tinydet.datasets.fit import Fit
 from tinydet.datasets.transforms import MEAN_GREY
 from tinydet.detection import postprocess
 from tinydet.errors import UserError
 from tinydet.models.preprocess import MEAN, STD, normalize
+from tinydet.runtime.devices import to_devices, to_host
 from tinydet.runtime.graphs import jit, lock
 
 Canvas = tuple[int, int]       # height and width of the network's input
@@ -137,7 +138,7 @@ class Detector:
     for constant in self.constants(images.shape[1:3]): constant.realize()
     with lock:   # until what was found is copied off
       if self._predict is None: self._predict = jit(self._everything)
-      return Predicted(*(t.numpy() for t in self._predict(Tensor(np.ascontiguousarray(images)).realize())))
+      return Predicted(*map(to_host, self._predict(to_devices(images, (Device.DEFAULT,)))))
 
   def _everything(self, images: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.contiguous() for t in self.decoded(self.infer(images), images.shape[1:3]))
