@@ -56,13 +56,19 @@ def test_output_and_gradients(case):
   x, w, bias, r, out, back = draw(case)
   tensors = [Tensor(a) for a in (x, w, bias)]
   ours = conv2d(*tensors, stride, padding, groups)
+  Tensor.realize(*(found := [ours, *(ours * Tensor(r)).sum().gradient(*tensors)]))
+  for a, expected in zip(found, [out, *back(r)]):
+    np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=1e-5 * expected.std() if case in WINOGRAD else 2e-5)
+
+
+def test_tinygrads_own_convolution_gives_the_same():
+  case = CASES[3]
+  *_, stride, padding, groups = case
+  x, w, bias, r, out, back = draw(case)
+  tensors = [Tensor(a) for a in (x, w, bias)]
   theirs = tensors[0].conv2d(tensors[1], tensors[2], groups, stride, padding=padding)
-  found, derived = ([y, *(y * Tensor(r)).sum().gradient(*tensors)] for y in (ours, theirs))
-  Tensor.realize(*found, *derived)
-  for a, b, expected in zip(found, derived, [out, *back(r)]):
-    near = 1e-5 * expected.std() if case in WINOGRAD else 2e-5
-    np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=near)
-    np.testing.assert_allclose(b.numpy(), expected, rtol=1e-6, atol=near)   # so ours equals tinygrad's own to rounding
+  Tensor.realize(*(found := [theirs, *(theirs * Tensor(r)).sum().gradient(*tensors)]))
+  for a, expected in zip(found, [out, *back(r)]): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=2e-5)
 
 
 def test_the_oracle_against_finite_differences():
@@ -130,7 +136,7 @@ def test_processors_with_shorter_vectors(without, monkeypatch):
   monkeypatch.setattr(compiler, "args", [*compiler.args, without])
   monkeypatch.setattr(compiler, "cachekey", None)   # what is compiled so is not for others
   for module in (codegen, realize): monkeypatch.setattr(module, "to_program_cache", {})
-  for case in (CASES[1], CASES[4], CASES[5], CASES[11], *WINOGRAD[::3]):
+  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD[::3]):
     *_, stride, padding, groups = case
     x, w, bias, r, out, back = draw(case)
     tensors = [Tensor(a) for a in (x, w, bias)]

@@ -43,12 +43,12 @@ void NAME(float *restrict u, const float *restrict w, int core) {
     const long block = item / IN, i = item % IN, o = LEAST(block * DOWN, OUT - DOWN);
     float taps[9][DOWN], half[6][3][DOWN];
     for (int d = 0; d < DOWN; d++) for (int t = 0; t < 9; t++) taps[t][d] = w[(o + d) * W_OUT + i * W_IN + (FLIP ? 8 - t : t)];
-    UNROLLED (int q = 0; q < 3; q++) for (int d = 0; d < DOWN; d++) {
+    for (int q = 0; q < 3; q++) for (int d = 0; d < DOWN; d++) {
 #define Z(p, value) half[p][q][d] = value;
       POINTS(Z, taps[q][d], taps[3 + q][d], taps[6 + q][d])
 #undef Z
     }
-    UNROLLED (int p = 0; p < 6; p++) for (int d = 0; d < DOWN; d++) {
+    for (int p = 0; p < 6; p++) for (int d = 0; d < DOWN; d++) {
 #define Z(q, value) u[(long)(p * 6 + q) * U_STEP + (block * IN + i) * DOWN + d] = value;
       POINTS(Z, half[p][0][d], half[p][1][d], half[p][2][d])
 #undef Z
@@ -77,7 +77,7 @@ static inline void to_points(float *v, float rows[6][ROOM], const float *picture
     FORWARD(float, Z, r[0][c], r[1][c], r[2][c], r[3][c], r[4][c], r[5][c])
 #undef Z
   }
-  for (int t = 0; t < TX; t += LANES) UNROLLED (int k = 0; k < 6; k++) {
+  for (int t = 0; t < TX; t += LANES) for (int k = 0; k < 6; k++) {
     const wide p = *(const wide *)(rows[k] + 4 * t), q = *(const wide *)(rows[k] + 4 * t + 4);
     const vector d0 = EVERY0(p), d1 = EVERY1(p), d2 = EVERY2(p), d3 = EVERY3(p), d4 = EVERY0(q), d5 = EVERY1(q);
 #define Z(j, value) *(vector *)(v + (long)(k * 6 + j) * V_STEP + t) = value;
