@@ -52,7 +52,7 @@ def main(config: Config, run: Run) -> None:
   mlperf = MLPerfLog(config, recipes["mlperf"], WARMUP_FACTOR, config.mlperf_log and run.ranks.rank == 0)
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  data = train_set, _ = open_splits(config, run.ranks)
+  data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
 
   # ---------------------------------------------------------------------------------------------------------------------------- network
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"

@@ -36,7 +36,7 @@ PRESETS = {
 
 def main(config: Config, run: Run) -> None:
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  data = train_set, _ = open_splits(config, run.ranks)
+  data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
 
   # ---------------------------------------------------------------------------------------------------------------------------- network
   detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed)

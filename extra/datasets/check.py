@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 import numpy as np
-from tinydet.datasets import SPLIT_NAMES, open_dataset
+from tinydet.datasets import SPLITS, open_dataset
 from tinydet.datasets.download import local_folder
-from tinydet.datasets.problems import shown
+from tinydet.datasets.problems import refuse_empty, shown
 from tinydet.datasets.shapes import Shapes
+from tinydet.datasets.split import VAL_SHARE, Rule
 from tinydet.errors import UserError, exit_on_user_error
 
 COUNTS = (0, 1, 2, 6, 11, 21, 51, 101)                       # boxes an image: the beginnings of the table's columns
@@ -16,19 +17,27 @@ AREAS = {"small": 0, "medium": 32 ** 2, "large": 96 ** 2}    # square pixels, as
 BAR = 40
 
 
-def check(spec: str, splits: list[str], strict: bool, fast: bool) -> None:
+def check(spec: str, splits: list[str], strict: bool, fast: bool, **options: Any) -> None:
   """Print what a run would say, and what is in the splits, as tables; UserError with every error of all of them.
 
-  Unless `fast`, every picture is decoded: a run finds those that are cut short only when their turn comes.
+  Unless `fast`, every picture is decoded: a run finds those that are cut short only when their turn comes. `options` are those of `open_dataset`.
   """
   errors, datasets = [], {}
   for split in splits:
-    try: datasets[split] = open_dataset(spec, split, strict=strict)
+    try: datasets[split] = open_dataset(spec, split, strict=strict, **options)
     except UserError as e: errors.append(str(e))
+    else:
+      if split == "train" and not isinstance(datasets[split], Shapes):
+        try: refuse_empty(datasets[split])
+        except UserError as e: errors.append(str(e))
+  for layout in dict.fromkeys(getattr(dataset, "layout", "") for dataset in datasets.values()):
+    if layout: print(f"{shown(spec)} is {layout}")
   for line in dict.fromkeys(line for dataset in datasets.values() for line in dataset.warnings): print(f"note: {line}")
   if len({tuple(dataset.class_names) for dataset in datasets.values()}) > 1:
     errors.append(f"{spec}: training and validation data name different classes")
   for split, dataset in datasets.items(): print(f"\n{shown(spec)}, {split}\n{describe(dataset)}", end="")
+  if "val" in datasets and not isinstance(datasets["val"], Shapes) and not datasets["val"].object_counts().any():
+    print(f"note: {datasets['val'].name}: no picture of the split 'val' has an object: there will be no score, and no best weights")
   for dataset in datasets.values():
     if not fast and not isinstance(dataset, Shapes): errors += decode(dataset)
   if errors: raise UserError("\nerror: ".join(dict.fromkeys(errors)))
@@ -90,17 +99,21 @@ def _table(title: str, names: list[str], counts: list[int], unit: str, images: l
 def main(argv: list[str]) -> None:
   """The program; see the module."""
   parser = argparse.ArgumentParser("python -m tinydet.datasets.check", description="What a training run would say of a data set, and what is in it.")
-  parser.add_argument("path", help="a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf once they "
-                      "are downloaded")
+  parser.add_argument("path", help="a folder of labelled pictures in any layout of docs/layouts.md, its annotation file, the embedded shapes:1, "
+                      "shapes:2, or coco, openimages-mlperf once they are downloaded")
+  parser.add_argument("--images", help="folder of the pictures, where they do not lie with the annotations")
+  parser.add_argument("--val-share", type=float, default=VAL_SHARE,
+                      help="share that is val, by a hash of the names, where the data does not say which")
   parser.add_argument("--data-dir", default=os.environ.get("TINYDET_DATA_DIR"),
                       help="where the data sets that are downloaded lie; by default TINYDET_DATA_DIR, or else the user's cache folder")
-  parser.add_argument("--split", choices=(*SPLIT_NAMES, "both"), default="both")
+  parser.add_argument("--split", choices=(*SPLITS, "both"), default="both")
   parser.add_argument("--strict", action="store_true", help="make every oddity an error")
   parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")
   args = parser.parse_args(argv)
   for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")   # names that a terminal's encoding lacks
-  splits = list(SPLIT_NAMES) if args.split == "both" else [args.split]
-  check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast)
+  splits = list(SPLITS) if args.split == "both" else [args.split]
+  check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast,
+        **({} if args.path.partition(":")[0] == "shapes" else {"images": args.images, "rule": Rule(args.val_share)}))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import option, show_size, size
-from tinydet.datasets import open_dataset
+from tinydet.datasets import open_dataset, split
 from tinydet.datasets.augment import boxes_at_most, hsv, place
 from tinydet.datasets.buckets import one_bucket
 from tinydet.datasets.download import local_folder
 from tinydet.datasets.fit import Fit
 from tinydet.datasets.loader import Loader
-from tinydet.datasets.subset import Subset
+from tinydet.datasets.problems import refuse_empty
+from tinydet.datasets.subset import Subset, whole_of
 from tinydet.datasets.transforms import compose, horizontal_flip, photometric_jitter, scale_jitter
 from tinydet.detectors import Detector
 from tinydet.errors import UserError
@@ -40,8 +42,11 @@ EMBEDDED = "shapes"      # how the names of embedded data sets begin
 @dataclass
 class DetectionConfig(TrainerConfig):
   """What trainers of detectors add; a program adds its networks."""
-  data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are "
-                     "downloaded on first use", group="data")
+  data: str = option("shapes:2", "a folder of labelled pictures in any layout of docs/layouts.md (COCO, VOC, YOLO, ...), its annotation file, the "
+                     "embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are downloaded on first use", group="data")
+  images: str | None = option(None, "folder of the pictures, where they do not lie with --data", group="data")
+  val_share: float = option(split.VAL_SHARE, "share of the pictures to validate on, by a hash of their names, where the data does not say which",
+                            minimum=0.01, maximum=0.9, group="data")
   data_dir: str | None = option(None, "where the data sets that are downloaded lie, each in a folder of its name; by default the user's cache "
                                 "folder", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
@@ -72,21 +77,28 @@ class DetectionConfig(TrainerConfig):
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
 
 
-def open_splits(config: DetectionConfig, ranks: Ranks) -> tuple[Any, Any]:
-  """The training and the validation data set; UserError with all that is wrong with either."""
+def open_splits(config: DetectionConfig, ranks: Ranks, kept: Path | None = None) -> tuple[Any, Any]:
+  """The training and the validation data set, divided as the run in the folder `kept` did, which rank 0 knows; UserError with all that is wrong with
+  either."""
   splits, wrong, embedded = [], [], config.data.partition(":")[0] == EMBEDDED
   with ranks.in_turn(): data = local_folder(config.data, config.data_dir)   # one downloads, the others find it there
-  for split, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
-    options = {"size": max(config.size), "count": count} if embedded else {"strict": config.strict}
-    try: splits.append(open_dataset(data, split, **options))
+  rule = ranks.broadcast(split.Rule(config.val_share) if kept is None else split.recall(kept, config.val_share))
+  for name, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
+    options = {"size": max(config.size), "count": count} if embedded else {"strict": config.strict, "images": config.images, "rule": rule}
+    try: splits.append(open_dataset(data, name, **options))
     except UserError as e: wrong.append(str(e))
   if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))
   if config.train_images and not embedded: splits[0] = Subset(splits[0], config.train_images)
   train_set, val_set = splits[0], splits[-1]
-  wholes = [getattr(data, "dataset", data) for data in splits]   # of subsets
+  wholes = [whole_of(data) for data in splits]
   if None in (rules := [getattr(data, "upright", False) for data in wholes]):   # one rule for a data set, from whichever part proves it
     for data in wholes: data.upright = next((rule for rule in rules if rule is not None), None)
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
+  if not embedded:
+    refuse_empty(train_set)
+    print(f"data: {config.data} is {splits[-1].layout}")
+    if len(splits) > 1 and not val_set.object_counts().any():
+      print(f"note: {val_set.name}: no picture of the split 'val' has an object: there will be no score, and no best weights")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
   return train_set, val_set
 
@@ -212,6 +224,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   about = detector.about() | {"class_names": train_set.class_names, "category_ids": train_set.category_ids, "size": list(config.size),
                               "max_size": config.max_size}
   run.open(detector.network, optimizer, about, headline + [f"note: {note}" for note in notes], len(train_loader))
+  if run.ranks.rank == 0: split.save(run.folder, train_set, config.val_share)
   for observer in observers:
     observer.open(run.folder, len(train_set.class_names), len(train_set), len(val_set), bool(run.resumed))
     run.at_end(observer.close)

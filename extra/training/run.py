@@ -76,6 +76,11 @@ class Run:
     self.about: dict[str, Any] = {}
     self._closing = contextlib.ExitStack()
 
+  @property
+  def goes_on_in(self) -> Path | None:
+    """The folder of a run that is resumed, on rank 0."""
+    return self.folder if self.resumed and self.ranks.rank == 0 else None
+
   # ---- what it starts from
 
   def check_data(self, train_set: Any, steps_per_epoch: int) -> None:
