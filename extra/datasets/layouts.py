@@ -233,9 +233,11 @@ def open_split(found: Found, split: str, strict: bool, rule: Rule | None, spec: 
     raise UserError(f"{spec}: no data set with a split '{split}' is here; it is {found.layout} ({found.why}), which has {', '.join(splits)}")
   dataset = whole(strict)
   rule, said = rule or Rule(), _said_splits(dataset)
-  if said is None or "train" not in said: return part_of(dataset, split, rule, "it does not say which pictures are for validation")
+  alone = "it has training pictures alone"
+  if said is None or "train" not in said:
+    return part_of(dataset, split, rule, "it does not say which pictures are for validation" if "all" in splits else alone)
   mine = split if split in said else "test" if "test" in said else None
-  if mine is None: return part_of(dataset, split, rule, "it has training pictures alone")
+  if mine is None: return part_of(dataset, split, rule, alone)
   part = Part(dataset, [i for i, name in enumerate(said) if name == mine])
   if mine != split: part.warnings = [*dataset.warnings, f"{spec}: has no split val, so its split test is taken for it"]
   return part
