@@ -21,7 +21,7 @@ from tinydet.config import named_sources, option, parse, show_size, size as pars
 import numpy as np
 from PIL import Image
 from tinydet.datasets import named
-from tinydet.datasets.files import expand
+from tinydet.datasets.files import expand, left_unread
 from tinydet.datasets.video import Video, VideoWriter, pixels, require_av
 from tinydet.predict import Found, Predictor, predictor, read_picture
 from tinydet.weights import checkpoint
@@ -137,7 +137,7 @@ class Results:
 
   def _row(self, *values: object) -> None:
     csv.writer(text := io.StringIO()).writerow(values)
-    self.csv.write(text.getvalue().encode())
+    self.csv.write(text.getvalue().encode("utf-8", "backslashreplace"))   # names of files need not be UTF-8
 
 
 def warn(message: str) -> int:
@@ -249,6 +249,7 @@ def main(config: Config) -> None:
   else:
     if isinstance(config.images, str): raise UserError(f"--images {config.images}: a folder is for --data; name it without the flag")
     files, videos = expand(config.source)
+    for line in left_unread(config.source): print(f"note: {line}")
     pictures = [Picture(str(file), i, lambda file=file: read_picture(file)) for i, file in enumerate(files[:config.images or None], 1)]
   if videos: require_av()
 

@@ -19,7 +19,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.config import named_sources, option, parse, show_size, size as parse_size, split_words
 from tinydet.datasets import named
-from tinydet.datasets.files import expand
+from tinydet.datasets.files import expand, left_unread
 from tinydet.datasets.sample import Sample
 from tinydet.datasets.transforms import MEAN_GREY
 from tinydet.detection import explain, postprocess
@@ -213,6 +213,7 @@ def main(config: Config) -> None:
   else:
     if isinstance(config.images, str): raise UserError(f"--images {config.images}: a folder is for --data; name it without the flag")
     files, videos = expand(config.source)
+    for line in left_unread(config.source): print(f"note: {line}")
     if videos: raise UserError(f"{videos[0]}: is a video or a camera; explain pictures, such as frames of it")
     pictures = [(str(file), lambda file=file: read_picture(file)) for file in files[:config.images or None]]
 

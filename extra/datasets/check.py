@@ -110,7 +110,6 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--strict", action="store_true", help="make every oddity an error")
   parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")
   args = parser.parse_args(argv)
-  for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")   # names that a terminal's encoding lacks
   splits = list(SPLITS) if args.split == "both" else [args.split]
   check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast,
         **({} if args.path.partition(":")[0] == "shapes" else {"images": args.images, "rule": Rule(args.val_share)}))
