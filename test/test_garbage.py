@@ -642,7 +642,7 @@ CHECK = ("-m", "tinydet.datasets.check")
 def test_check_prints_tables_that_agree_with_the_data(tmp_path, capsys):
   write_coco(tmp_path, lambda c, d: [c["annotations"][0].update(iscrowd=1), c["annotations"][3].update(bbox=[0, 0, 32, 40], area=1280)] and None,
              splits=("train", "val"))
-  check.main([str(tmp_path)])
+  check.main([str(tmp_path), "--page", str(tmp_path / "page.html")])
   out = capsys.readouterr().out
   train, val = out.split(f"\n{tmp_path}, ")[1:]
   assert "3 pictures, 3 boxes, 1 crowd regions" in train and "3 pictures, 4 boxes, 0 crowd regions" in val
@@ -655,7 +655,7 @@ def test_check_prints_tables_that_agree_with_the_data(tmp_path, capsys):
 
 def test_check_without_traceback_on_the_real_command_line(tmp_path):
   write_coco(tmp_path / "odd", table("categories", name="кошка 猫"), splits=("train", "val"))
-  odd = run(*CHECK, str(tmp_path / "odd"), "--split", "train", PYTHONIOENCODING="ascii")
+  odd = run(*CHECK, str(tmp_path / "odd"), "--split", "train", "--page", str(tmp_path / "page.html"), PYTHONIOENCODING="ascii")
   assert odd.returncode == 0 and r"\u043a" in odd.stdout and "Traceback" not in odd.stderr
   write_coco(tmp_path / "cut", put(PNG[:len(PNG) // 2]), splits=("train", "val"))
   fast, slow = run(*CHECK, str(tmp_path / "cut"), "--fast"), run(*CHECK, str(tmp_path / "cut"))

@@ -5,6 +5,7 @@ from urllib.parse import quote
 import numpy as np, pytest
 from PIL import Image, ImageDraw
 from tinydet.datasets import check, layouts, open_dataset, split
+from tinydet.detection.anchor_fit import anchor_shapes, best_iou
 from tinydet.errors import UserError
 
 WIDTH, HEIGHT, COUNT = 96, 64, 10
@@ -432,6 +433,51 @@ def test_addresses_of_pictures(tmp_path):
     dataset = open_dataset(tmp_path / str(i), "train")
     assert len(read_back(dataset)) == 8
     if i < 5: assert any("images[].file_name found elsewhere (10)" in line for line in dataset.warnings)
+
+
+def test_check_says_nearly_equal_pictures_and_writes_a_page(tmp_path, capsys):
+  """The same picture, saved again as JPEG, is in both splits: a leak, and no other pair is, though all are of one kind."""
+  WRITTEN["yolo roboflow"][0](tmp_path / "d")
+  rng = np.random.default_rng(0)
+  for part, numbers in (("train", TRAIN), ("valid", VAL)):   # scenes of their own under the rectangles
+    for i in numbers:
+      scene = Image.fromarray(rng.integers(0, 160, (5, 7, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+      scene.save(tmp_path / "d" / part / "images" / f"p{i}.png")
+  with Image.open(tmp_path / "d/train/images/p2.png") as same: same.save(tmp_path / "d/valid/images/copy.jpg", quality=80)
+  check.main([str(tmp_path / "d"), "--page", str(tmp_path / "page.html")])
+  out, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+  line = next(line for line in out.splitlines() if "nearly the same picture" in line)
+  assert "both in train and in val" in line and "(1): " in line and "p2.png and" in line and "copy.jpg" in line and "within" not in out
+  assert page.count("<figure>") == COUNT + 1 and page.count("<rect ") == 18 and "1 pairs of nearly the same picture both in train" in page
+  assert "RetinaNet&#x27;s anchors" in page and "<td>cat<td>6<td>" in page and "http" not in page
+
+
+def test_anchors_are_held_against_boxes():
+  """RetinaNet's smallest anchors: 32 pixels at ratios 0.5, 1 and 2. A square of 32 is one of them, one of 16 is a quarter of it."""
+  shapes = np.array([[32, 32], [16, 16], [64, 8], [1000, 500]], np.float64)
+  found = best_iou(shapes, anchor_shapes())
+  pairs = [[min(w, a) * min(h, b) / (w * h + a * b - min(w, a) * min(h, b)) for a, b in anchor_shapes()] for w, h in shapes]
+  np.testing.assert_allclose(found, np.max(pairs, 1))
+  assert found[0] == 1 and 0.25 <= found[1] < 0.26 and len(anchor_shapes()) == 45
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo"])
+def test_conversion_reads_back_as_what_was_drawn(tmp_path, monkeypatch, kind):
+  """Subfolders with one name twice, a difficult object, and a picture that EXIF turns, from VOC."""
+  monkeypatch.chdir(tmp_path)
+  voc("Annotations/a", "JPEGImages/a", TRAIN)(tmp_path / "d")
+  voc("Annotations/b", "JPEGImages/b", VAL)(tmp_path / "d")
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  picture(1).transpose(Image.Transpose.ROTATE_90).save("d/JPEGImages/a/p1.png", exif=exif)
+  file = tmp_path / "d/Annotations/a/p0.xml"
+  file.write_text(file.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>", 1))
+  check.main(["d", "--convert", kind])
+  found = {}
+  for part in ("train", "val"): found |= read_back(open_dataset(tmp_path / f"d-{kind}", part))
+  drawn = {i: sorted((box[0], *map(float, box[1:])) for box in boxes_of(i)[i == 0:]) for i in range(COUNT)}
+  assert found.keys() == drawn.keys() and all(np.allclose([b[1:] for b in found[i]], [b[1:] for b in drawn[i]], atol=0.01) for i in drawn if drawn[i])
+  with pytest.raises(UserError, match=f"--out d-{kind}: is there already"): check.main(["d", "--fast", "--convert", kind])
 
 
 def test_check_says_the_layout(tmp_path, capsys):

@@ -3,10 +3,14 @@ import argparse, os, signal, sys, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 import numpy as np
 from tinydet.datasets import SPLITS, open_dataset
+from tinydet.datasets.check_page import anchor_line, leaks, write_page
+from tinydet.datasets.convert import convert
 from tinydet.datasets.download import local_folder
+from tinydet.datasets.duplicates import thumbnail
 from tinydet.datasets.problems import refuse_empty, shown
 from tinydet.datasets.shapes import Shapes
 from tinydet.datasets.split import VAL_SHARE, Rule
@@ -17,10 +21,11 @@ AREAS = {"small": 0, "medium": 32 ** 2, "large": 96 ** 2}    # square pixels, as
 BAR = 40
 
 
-def check(spec: str, splits: list[str], strict: bool, fast: bool, **options: Any) -> None:
+def check(spec: str, splits: list[str], strict: bool, fast: bool, page: Path | None = None, **options: Any) -> dict[str, Any]:
   """Print what a run would say, and what is in the splits, as tables; UserError with every error of all of them.
 
-  Unless `fast`, every picture is decoded: a run finds those that are cut short only when their turn comes. `options` are those of `open_dataset`.
+  Unless `fast`, every picture is decoded: a run finds those that are cut short only when their turn comes. Then those that are nearly the same are
+  told, and `page`, where it is given, is written. `options` are those of `open_dataset`. Returns the splits.
   """
   errors, datasets = [], {}
   for split in splits:
@@ -38,10 +43,23 @@ def check(spec: str, splits: list[str], strict: bool, fast: bool, **options: Any
   for split, dataset in datasets.items(): print(f"\n{shown(spec)}, {split}\n{describe(dataset)}", end="")
   if "val" in datasets and not isinstance(datasets["val"], Shapes) and not datasets["val"].object_counts().any():
     print(f"note: {datasets['val'].name}: no picture of the split 'val' has an object: there will be no score, and no best weights")
-  for dataset in datasets.values():
-    if not fast and not isinstance(dataset, Shapes): errors += decode(dataset)
+  folders, small = {split: dataset for split, dataset in datasets.items() if not isinstance(dataset, Shapes)}, {}
+  for split, dataset in {} if fast else folders.items():
+    failures, small[split] = decode(dataset)
+    errors += failures
   if errors: raise UserError("\nerror: ".join(dict.fromkeys(errors)))
+  if folders and (line := anchor_line(folders)): print(f"\n{line}")
+  if small:
+    duplicates = leaks(folders, small)
+    for split, pairs in duplicates.items():
+      where = "both in train and in val: the score will be of pictures that were learnt" if split == "across" else f"within {split}"
+      if pairs: print(f"note: nearly the same picture {where} ({len(pairs):,}): {', '.join(f'{shown(a)} and {shown(b)}' for a, b in pairs[:3])}")
+    if page:
+      notes = list(dict.fromkeys(line for dataset in folders.values() for line in dataset.warnings))
+      write_page(page, spec, next(iter(folders.values())).layout, folders, notes, duplicates)
+      print(f"page: {page}")
   print("\nA run would accept it" + ("." if not fast else " as far as the headers of the pictures tell."))
+  return datasets
 
 
 def describe(dataset: Any) -> str:
@@ -71,21 +89,20 @@ def describe(dataset: Any) -> str:
   return "\n".join(lines) + "\n"
 
 
-def decode(dataset: Any) -> list[str]:
-  """Read every sample of the data set; what a run would stop with, first ten by name."""
-  def read(index: int) -> str | None:
-    try: dataset[index]
+def decode(dataset: Any) -> tuple[list[str], list[np.ndarray]]:
+  """Read every sample of the data set: what a run would stop with, first ten by name, and a `thumbnail` of each of the others."""
+  def read(index: int) -> str | np.ndarray:
+    try: return thumbnail(dataset[index].picture)
     except UserError as e: return str(e)
-    return None
-  failures = []
+  failures, small = [], []
   with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     warnings.simplefilter("ignore")
-    for done, failure in enumerate(pool.map(read, range(len(dataset))), 1):
-      if failure: failures.append(failure)
+    for done, found in enumerate(pool.map(read, range(len(dataset))), 1):
+      (failures if isinstance(found, str) else small).append(found)
       if sys.stderr.isatty() and (done % 50 == 0 or done == len(dataset)):
         print(f"\rdecoded {done:,} of {len(dataset):,} pictures", end="\n" * (done == len(dataset)), file=sys.stderr, flush=True)
-  if not failures: return []
-  return ["\n  ".join([f"{dataset.name}: pictures that cannot be read to their end ({len(failures):,})", *failures[:10]])]
+  if not failures: return [], small
+  return ["\n  ".join([f"{dataset.name}: pictures that cannot be read to their end ({len(failures):,})", *failures[:10]])], small
 
 
 def _table(title: str, names: list[str], counts: list[int], unit: str, images: list[int] | None = None) -> list[str]:
@@ -109,10 +126,19 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--split", choices=(*SPLITS, "both"), default="both")
   parser.add_argument("--strict", action="store_true", help="make every oddity an error")
   parser.add_argument("--fast", action="store_true", help="read the headers of the pictures, not their pixels")
+  parser.add_argument("--page", type=Path, default=Path("check.html"), help="the page to write, unless --fast; default check.html")
+  parser.add_argument("--convert", choices=("coco", "yolo"), help="write the data set in this layout into the new folder --out")
+  parser.add_argument("--out", type=Path, help="by default the data set's name and the layout, as photos-coco")
   args = parser.parse_args(argv)
   splits = list(SPLITS) if args.split == "both" else [args.split]
-  check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast,
-        **({} if args.path.partition(":")[0] == "shapes" else {"images": args.images, "rule": Rule(args.val_share)}))
+  embedded = args.path.partition(":")[0] == "shapes"
+  if embedded and args.convert: raise UserError(f"--convert {args.convert}: is for folders, not for embedded data sets")
+  datasets = check(local_folder(args.path, args.data_dir, download=False), splits, args.strict, args.fast, args.page,
+                   **({} if embedded else {"images": args.images, "rule": Rule(args.val_share)}))
+  if args.convert:
+    out = args.out or Path(f"{Path(args.path).resolve().stem}-{args.convert}")
+    for note in convert(args.convert, datasets, out): print(f"note: {note}")
+    print(f"written to {out}; train on it with --data {out}")
 
 
 if __name__ == "__main__":
