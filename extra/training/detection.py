@@ -31,6 +31,7 @@ from tinydet.runtime.precision import DTYPES
 from tinydet.scoring.background import Pending, score
 from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 from tinydet.scoring.evaluation import evaluate
+from tinydet.training import plan
 from tinydet.training.run import Run
 from tinydet.training.trainer import TrainerConfig, total_updates
 
@@ -69,8 +70,11 @@ class DetectionConfig(TrainerConfig):
   train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0,
                              group="data")
   overfit: bool = option(False, "evaluate on the training pictures, unchanged: a sound model learns a few by heart", group="data")
-  weights: str = option("none", "where to start: none, shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
+  weights: str = option("none", "where to start: none, auto (the best that is published for the network and can be had), "
+                        "shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
                         "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
+  budget: float = option(0.0, "time for the whole run, such as 30m or 2h: network, size and epochs are chosen to fill it where they are left free; "
+                         "0: as the settings say", parse=plan.seconds, show=plan.show_seconds, group="training")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
                                  maximum=5, group="model")
   score_in_background: bool = option(False, "go on training while another process scores an evaluation", group="run")
@@ -201,6 +205,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   run.at_end(train_loader.close)
   run.at_end(val_loader.close)
   run.check_data(train_set, len(train_loader))
+  plan.steady_start(config, run, len(train_loader))
   optimizer, buffers = run.prepare(detector.network, len(train_loader))
   updates = total_updates(config, len(train_loader))
   detector.progress = lambda: (optimizer.steps / updates).minimum(1).reshape(())
