@@ -23,7 +23,8 @@ def print_anything() -> None:
     except (AttributeError, OSError, ValueError): continue   # not a file: a test's, a notebook's
     if number not in (1, 2) or stream.isatty(): continue
     stream.flush()
-    setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Pipe(number, "w", closefd=False)), stream.encoding, "backslashreplace", line_buffering=True))
+    pipe = io.BufferedWriter(_Pipe(number, "w", closefd=False))
+    setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 @contextlib.contextmanager
