@@ -6,7 +6,10 @@ import numpy as np, pytest
 from PIL import Image, ImageDraw
 from tinydet.datasets import check, layouts, open_dataset, split
 from tinydet.detection.anchor_fit import anchor_shapes, best_iou
+from tinydet.config import parse
 from tinydet.errors import UserError
+from tinydet.runtime.mpi import ALONE
+from tinydet.training.detection import DetectionConfig, open_splits
 
 WIDTH, HEIGHT, COUNT = 96, 64, 10
 NAMES = ("cat", "dog")
@@ -484,3 +487,40 @@ def test_check_says_the_layout(tmp_path, capsys):
   yolo("{}/images", "{}/labels", "train: train/images\nval: val/images\nnames: [cat, dog]\n")(tmp_path)
   check.main([str(tmp_path), "--fast"])
   assert f"{tmp_path} is YOLO: data.yaml names its parts" in (out := capsys.readouterr().out) and "6 pictures, 12 boxes" in out
+
+
+JUNK = [b"", b"0", b"null", b"-1", b"1e999", b"NaN", b"{}", b"[]", b'"x"', b"\xff\xfe", b"\0", b"9" * 30, b",", b'"', b"\n", b"..", b"/", b"%", b'{"a":1}']
+TOKEN = re.compile(rb'"[^"]*"|-?\d+\.?\d*|\[[^\[\]]*\]|\{[^{}]*\}|null|true|false')
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_any_change_of_an_annotation_is_a_data_set_or_one_error(tmp_path, name):
+  WRITTEN[name][0](tmp_path / "d")
+  rng = np.random.default_rng(list(name.encode()))
+  files = sorted(p for p in (tmp_path / "d").rglob("*") if p.is_file() and p.suffix not in (".png", ".jpg"))
+  for _ in range(8):
+    file = files[rng.integers(len(files))]
+    content = changed = file.read_bytes()
+    if tokens := list(TOKEN.finditer(content)):
+      token = tokens[rng.integers(len(tokens))]
+      changed = content[:token.start()] + JUNK[rng.integers(len(JUNK))] + content[token.end():]
+    file.write_bytes(changed)
+    try:
+      for part in ("train", "val"):
+        dataset = open_dataset(tmp_path / "d", part, rule=split.Rule())
+        assert len(dataset[0].boxes) == len(dataset[0].labels) == dataset.object_counts()[0] and len(dataset.ground_truth()["images"]) == len(dataset)
+    except UserError as e: assert str(e)
+    file.write_bytes(content)
+
+
+def test_a_run_keeps_its_split_and_goes_on_with_it(tmp_path, capsys):
+  """As the trainers open their data: with and without a run's folder that has a split of another share."""
+  WRITTEN["voc flat"][0](tmp_path / "d")
+  def sizes(**options):
+    config = parse(DetectionConfig, {}, ["--data", str(tmp_path / "d")], {})
+    return [len(dataset) for dataset in open_splits(config, ALONE, **options)]
+  assert sizes() == [8, 2] and f"data: {tmp_path / 'd'} is Pascal VOC" in capsys.readouterr().out
+  (tmp_path / "run").mkdir()
+  names = [f"p{i}.png" for i in range(COUNT)]
+  write(tmp_path / "run/split.json", {"val_share": 0.2, "train": names[:5], "val": names[5:]})
+  assert sizes(kept=tmp_path / "run") == [5, 5]

@@ -75,17 +75,16 @@ def _take_row(entries: dict[tuple[str, str], Entry], row: list[str], columns: di
   split = SPLIT_WORDS.get(cell("split").lower(), split)
   size = None
   if all(map(_is_number, (cell("width"), cell("height")))): size = int(float(cell("height"))), int(float(cell("width")))
-  if size is not None and not all(0 < n <= FARTHEST for n in size): return problems.error("rows whose width and height are no size", [where])
+  if size is not None and min(size) < 1: return problems.error("rows whose width and height are no size", [where])
   entry = entries.setdefault((split, picture), Entry(picture, size, file, split=split))
   keys = _box_columns(columns)
   texts = _numbers(cell("box")) if keys == ("box",) else [cell(key) for key in keys]
   label = cell("class")
   if not any(texts): return   # background
   if len(texts) != 4 or not all(map(_is_number, texts)):
-    return problems.error("rows whose box is not four numbers", [f"{where} {shown(','.join(row), 60)}"])
+    return problems.error("rows whose box is not four numbers of at most a million", [f"{where} {shown(','.join(row), 60)}"])
   if not label: return problems.error("rows with a box and without a class", [where])
   numbers = [float(text) for text in texts]
-  if max(map(abs, numbers)) > FARTHEST: return problems.error("rows whose box is not four numbers of at most a million", [where])
   corners = numbers if keys == CORNERS else [numbers[0], numbers[1], numbers[0] + numbers[2], numbers[1] + numbers[3]]
   if corners[2] < corners[0] or corners[3] < corners[1]: return problems.error("boxes of negative width or height", [where])
   entry.boxes.append((names.get(label, label), corners, number, CROWD if cell("group") == "1" else OBJECT))
@@ -134,4 +133,5 @@ def _box_columns(columns: dict[str, int]) -> tuple[str, ...]:
 def _plain(cell: str) -> str: return re.sub(r"[_\s-]", "", cell.strip().lower())
 
 
-def _is_number(text: str) -> bool: return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text))
+def _is_number(text: str) -> bool:
+  return bool(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text)) and abs(float(text)) <= FARTHEST
