@@ -388,6 +388,7 @@ def test_the_split_is_by_name_exact_and_moves_little(tmp_path):
   assert len(val) == 40 and val == split.val_names(names[::-1], 0.2) and len(split.val_names(names, 0.1) - val) == 0
   assert len(split.val_names([*names, "new.png"], 0.2) ^ val) <= 2
   assert val == {os.path.splitext(n)[0] + ".png" for n in split.val_names([n.replace("png", "jpg") for n in names], 0.2)}
+  assert {os.path.basename(n) for n in split.val_names([f"jpg/0a1b2c3d-{n}" for n in names], 0.2)} == {f"0a1b2c3d-{n}" for n in val}
   copies = [f"q{i}_jpg.rf.{k}.jpg" for i in range(30) for k in "abc"]
   assert all(len({n in split.val_names(copies, 0.2) for n in copies if n.startswith(f"q{i}_")}) == 1 for i in range(30))
   assert [len(split.val_names(names[:n], 0.2)) for n in (2, 3, 5)] == [1, 1, 1]
@@ -489,7 +490,8 @@ def test_check_says_the_layout(tmp_path, capsys):
   assert f"{tmp_path} is YOLO: data.yaml names its parts" in (out := capsys.readouterr().out) and "6 pictures, 12 boxes" in out
 
 
-JUNK = [b"", b"0", b"null", b"-1", b"1e999", b"NaN", b"{}", b"[]", b'"x"', b"\xff\xfe", b"\0", b"9" * 30, b",", b'"', b"\n", b"..", b"/", b"%", b'{"a":1}']
+JUNK = [b"", b"0", b"null", b"-1", b"1e999", b"NaN", b"{}", b"[]", b'"x"', b"\xff\xfe", b"\0", b"9" * 30, b",", b'"', b"\n", b"..", b"/", b"%",
+        b'{"a":1}']
 TOKEN = re.compile(rb'"[^"]*"|-?\d+\.?\d*|\[[^\[\]]*\]|\{[^{}]*\}|null|true|false')
 
 

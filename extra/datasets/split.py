@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from tinydet.datasets.find_pictures import UPLOAD
 from tinydet.datasets.problems import shown
 from tinydet.datasets.subset import Part
 from tinydet.download import write_whole
@@ -23,11 +24,14 @@ class Rule:
 def val_names(names: Sequence[str], share: float) -> set[str]:
   """The names that are "val": those of the smallest hashes, as many as make `share` of all, at least one and not all.
 
-  The hash is the SHA-256 of the name without its suffix, so that one picture more moves at most one other, and nothing depends on the machine. What
-  Roboflow made of one picture, `name_jpg.rf.<hash>.jpg`, stays together."""
+  The hash is the SHA-256 of the name without folders and suffix, so that one picture more moves at most one other, and neither the machine nor the
+  tool that wrote the labels matters. What Roboflow made of one picture, `name_jpg.rf.<hash>.jpg`, stays together."""
   groups: dict[str, list[str]] = {}
   for name in sorted(names): groups.setdefault(os.path.splitext(name)[0].partition(".rf.")[0], []).append(name)
-  ranked = sorted(groups, key=lambda key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest())
+  def rank(key: str) -> tuple[bytes, str]:
+    own = UPLOAD.sub("", key.rsplit("/", 1)[-1])
+    return hashlib.sha256(own.encode("utf-8", "surrogatepass")).digest(), key
+  ranked = sorted(groups, key=rank)
   wanted, chosen = max(1, round(share * len(names))), set()
   for key in ranked[:max(1, len(ranked) - 1)]:
     if len(chosen) >= wanted: break
