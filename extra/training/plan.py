@@ -19,7 +19,7 @@ SIDES = (640, 512, 416, 320, 256, 192, 128)   # pixels of the longer side that a
 LARGER = 1.25               # times the median picture's longer side: pixels beyond show nothing
 MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a larger picture is worth it while so many are left
 SPARE = 0.85                # of the time: the rest is for pictures, checkpoints and the report
-COMPILING = 3               # times what compiling the measured passes takes: the update and the evaluation compile too
+COMPILING = 2               # times what compiling the measured passes takes: the update and the evaluation compile too
 EVALUATION = 0.5            # of a training step's time, for a picture that is only looked at
 UNITS = {"": 60, "s": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -79,7 +79,8 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
   probe = min(sizes, key=lambda size: abs(max(size) - 256))
   step, compiling = run.ranks.broadcast(step_seconds(config, run, detector, probe) if run.ranks.rank == 0 else None)
   per_pixel = step / config.bs / math.prod(probe) * run.ranks.size
-  left = (config.budget - (time.monotonic() - run.started) - COMPILING * compiling) * SPARE
+  spent = time.monotonic() - run.started
+  left = max(config.budget - spent - COMPILING * compiling, (config.budget - spent) / 3) * SPARE   # a busy machine compiles slowly just now
   def epoch_seconds(size: tuple[int, int]) -> float:
     return per_pixel * math.prod(size) / run.ranks.size * (len(train_set) + EVALUATION * len(val_set) / config.eval_every)
   def epochs(size: tuple[int, int]) -> int: return int(left / epoch_seconds(size))
