@@ -21,7 +21,7 @@ setup(
   entry_points={"console_scripts": ["tinydet = tinydet.commands:main"]},
   python_requires=">=3.11",
   # ziglang is the clang that tinygrad's CPU device needs, for every platform; see extra/runtime/device.py
-  install_requires=["tinygrad>=0.14,<0.15", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1",
+  install_requires=["tinygrad>=0.14,<0.15", "numpy>=1.26", "pycocotools>=2.0.7", "wandb>=0.31.0", "Pillow>=10.1", "PyYAML>=6",
                     "requests>=2.32", "urllib3>=2",   # many small files at once; wandb brings them anyway, 2 tells when one broke off
                     "matplotlib>=3.8", "Jinja2>=3.1",   # the page about a run
                     "ziglang>=0.13.0; sys_platform != 'win32'"],

@@ -20,10 +20,8 @@ from tinydet.errors import UserError, exit_on_user_error
 from tinydet.config import named_sources, option, parse, show_size, size as parse_size, split_words
 import numpy as np
 from PIL import Image
-from tinydet.datasets import open_dataset
-from tinydet.datasets.download import local_folder
-from tinydet.datasets.files import expand
-from tinydet.datasets.subset import Subset
+from tinydet.datasets import named
+from tinydet.datasets.files import expand, left_unread
 from tinydet.datasets.video import Video, VideoWriter, pixels, require_av
 from tinydet.predict import Found, Predictor, predictor, read_picture
 from tinydet.weights import checkpoint
@@ -47,7 +45,10 @@ class Config:
                             "on first use", group="data")
   data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it", choices=("train", "val"), group="data")
-  images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
+  images: int | str = option(0, "a number: use only the first so many pictures, 0 uses all; a folder: where the data set's pictures lie",
+                             parse=named.images, group="data")
+  val_share: float | None = option(None, "share that is val, by a hash of the names, where the data does not say which; by default as the weights' "
+                                   "run had it", minimum=0.01, maximum=0.9, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
                               parse=parse_size, show=show_size, group="data")
   max_size: int | None = option(None, "keep the aspect ratio, the longer side at most this; 0 resizes to --size exactly", minimum=0, group="data")
@@ -136,7 +137,7 @@ class Results:
 
   def _row(self, *values: object) -> None:
     csv.writer(text := io.StringIO()).writerow(values)
-    self.csv.write(text.getvalue().encode())
+    self.csv.write(text.getvalue().encode("utf-8", "backslashreplace"))   # names of files need not be UTF-8
 
 
 def warn(message: str) -> int:
@@ -242,12 +243,13 @@ def main(config: Config) -> None:
   started, seconds, dataset, videos = time.monotonic(), Counter(), None, []
   if config.data is not None:
     if config.source is not None: raise UserError(f"--data {config.data}: takes its pictures from the data set; leave out {', '.join(config.source)}")
-    dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
-    if config.images: dataset = Subset(dataset, config.images)
+    dataset = named.open_named(config.data, config.data_dir, config.split, config.images, config.weights, config.val_share)
     ids = [image["id"] for image in dataset.ground_truth()["images"]]
     pictures = [Picture(dataset.image_name(i), image_id, lambda i=i: dataset[i].image) for i, image_id in enumerate(ids)]
   else:
+    if isinstance(config.images, str): raise UserError(f"--images {config.images}: a folder is for --data; name it without the flag")
     files, videos = expand(config.source)
+    for line in left_unread(config.source): print(f"note: {line}")
     pictures = [Picture(str(file), i, lambda file=file: read_picture(file)) for i, file in enumerate(files[:config.images or None], 1)]
   if videos: require_av()
 

@@ -8,10 +8,8 @@ Pictures are prepared as the weights were trained; --size and --max-size say oth
 import contextlib, json, math, os, sys, time
 from dataclasses import dataclass
 from tinydet.config import named_sources, option, parse, show_size, size
-from tinydet.datasets import open_dataset
-from tinydet.datasets.download import local_folder
+from tinydet.datasets import named
 from tinydet.datasets.loader import Loader
-from tinydet.datasets.subset import Subset
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.predict import Predictor
 from tinydet.reporting.tracking import duration
@@ -23,11 +21,14 @@ from tinydet.weights import checkpoint
 
 @dataclass
 class Config:
-  data: str = option("shapes:1", "a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, whose split is "
-                     "downloaded on first use", group="data")
+  data: str = option("shapes:1", "a folder of labelled pictures or its annotation file, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, "
+                     "whose split is downloaded on first use", group="data")
   data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it to score", choices=("train", "val"), group="data")
-  images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
+  images: int | str = option(0, "a number: use only the first so many pictures, 0 uses all; a folder: where the data set's pictures lie",
+                             parse=named.images, group="data")
+  val_share: float | None = option(None, "share that is val, by a hash of the names, where the data does not say which; by default as the weights' "
+                                   "run had it", minimum=0.01, maximum=0.9, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
                               parse=size, show=show_size, group="data")
   max_size: int | None = option(None, "keep the aspect ratio, the longer side at most this; 0 resizes to --size exactly", minimum=0, group="data")
@@ -75,8 +76,7 @@ def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
 
 def main(config: Config) -> None:
   started = time.monotonic()
-  dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
-  if config.images: dataset = Subset(dataset, config.images)
+  dataset = named.open_named(config.data, config.data_dir, config.split, config.images, config.weights, config.val_share)
   for warning in dataset.warnings: print(f"note: {warning}")
   truth = dataset.ground_truth()
   metric = CocoMetric(truth, dataset.category_ids)

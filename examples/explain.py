@@ -18,11 +18,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.config import named_sources, option, parse, show_size, size as parse_size, split_words
-from tinydet.datasets import open_dataset
-from tinydet.datasets.download import local_folder
-from tinydet.datasets.files import expand
+from tinydet.datasets import named
+from tinydet.datasets.files import expand, left_unread
 from tinydet.datasets.sample import Sample
-from tinydet.datasets.subset import Subset
 from tinydet.datasets.transforms import MEAN_GREY
 from tinydet.detection import explain, postprocess
 from tinydet.detectors import Detector
@@ -46,7 +44,10 @@ class Config:
                             "use", group="data")
   data_dir: str | None = option(None, "where the data sets that are downloaded lie; by default the user's cache folder", group="data")
   split: str = option("val", "part of it", choices=("train", "val"), group="data")
-  images: int = option(0, "use only the first so many pictures; 0 uses all", minimum=0, group="data")
+  images: int | str = option(0, "a number: use only the first so many pictures, 0 uses all; a folder: where the data set's pictures lie",
+                             parse=named.images, group="data")
+  val_share: float | None = option(None, "share that is val, by a hash of the names, where the data does not say which; by default as the weights' "
+                                   "run had it", minimum=0.01, maximum=0.9, group="data")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
                               parse=parse_size, show=show_size, group="data")
   max_size: int | None = option(None, "keep the aspect ratio, the longer side at most this; 0 resizes to --size exactly", minimum=0, group="data")
@@ -207,11 +208,12 @@ def check_weights(detector: Detector, network: Network, method: str, sample: Sam
 def main(config: Config) -> None:
   if config.data is not None:
     if config.source is not None: raise UserError(f"--data {config.data}: takes its pictures from the data set; leave out {', '.join(config.source)}")
-    dataset = open_dataset(local_folder(config.data, config.data_dir, (config.split,)), config.split)
-    if config.images: dataset = Subset(dataset, config.images)
+    dataset = named.open_named(config.data, config.data_dir, config.split, config.images, config.weights, config.val_share)
     pictures = [(dataset.image_name(i), lambda i=i: dataset[i].image) for i in range(len(dataset))]
   else:
+    if isinstance(config.images, str): raise UserError(f"--images {config.images}: a folder is for --data; name it without the flag")
     files, videos = expand(config.source)
+    for line in left_unread(config.source): print(f"note: {line}")
     if videos: raise UserError(f"{videos[0]}: is a video or a camera; explain pictures, such as frames of it")
     pictures = [(str(file), lambda file=file: read_picture(file)) for file in files[:config.images or None]]
 

@@ -10,6 +10,7 @@ from tinydet.detection.losses import BOX_LOSSES
 from tinydet.models import resnet
 from tinydet.nn.layers import NORMS
 from tinydet.reporting.mlperf import MLPerfLog
+from tinydet.training import plan
 from tinydet.training.detection import EMBEDDED, DetectionConfig, open_splits, start_from, train_detector
 from tinydet.training.optim import WARMUP_FACTOR
 from tinydet.training.run import Run, launch
@@ -35,7 +36,7 @@ PRESETS = {
   # How that detector was made: the first family, from random weights.
   "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 8, "log_every": 50},
   # The default where --data is a folder: the defaults above, meant for a few hundred to some thousand pictures.
-  "folder": {},
+  "folder": {"weights": "auto", "clip_norm": 10.0},
   # torchvision's references/detection: 8 GPUs x 2 images, SGD 0.01, 26 epochs
   "coco": {"data": "coco", "size": (800, 800), "max_size": 1333, "backbone": "resnet50", "weights": "imagenet", "trainable_layers": 3, "bs": 16,
            "epochs": 26, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "norm_weight_decay": 1e-4, "schedule": "step", "milestones": (16, 22),
@@ -47,19 +48,27 @@ PRESETS = {
              "score_in_background": True, "workers": 8, "log_every": 50, "mlperf_log": True}}
 
 
+# What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
+BUDGET = {"processor": {"backbone": "resnet10_quarter", "box_loss": "giou", "lr": 2e-3, "warmup": 1.0},
+          "gpu": {"backbone": "resnet50", "trainable_layers": 3, "lr": 1e-4}}
+
+
 def main(config: Config, run: Run) -> None:
+  plan.choose_network(config, run, BUDGET)
+  plan.choose_weights(config, run, network := f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2"))
   recipes = {name: Config(**preset) for name, preset in PRESETS.items()}
   mlperf = MLPerfLog(config, recipes["mlperf"], WARMUP_FACTOR, config.mlperf_log and run.ranks.rank == 0)
 
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  data = train_set, _ = open_splits(config, run.ranks)
+  data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
 
   # ---------------------------------------------------------------------------------------------------------------------------- network
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   # Anchors lie where the cells are, but for weights that learnt torchvision's places.
-  detector = detectors.build(f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2"), len(train_set.class_names), norm=norm,
+  detector = detectors.build(network, len(train_set.class_names), norm=norm,
                              seed=config.seed, box_loss=config.box_loss, exact_strides=True)
   notes = start_from(config, detector, train_set.class_names, run)
+  plan.fit_budget(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinydet import detectors
 from tinydet.config import option
 from tinydet.detectors import yolo
+from tinydet.training import plan
 from tinydet.training.detection import EMBEDDED, DetectionConfig, open_splits, start_from, train_detector
 from tinydet.training.run import Run, launch
 
@@ -26,21 +27,28 @@ PRESETS = {
   # How that network was made: the first family, from random weights.
   "scratch": SHAPES | {"data": "shapes:1", "bs": 16, "train_images": 6000, "epochs": 10, "log_every": 50, "save_half": True},
   # The default where --data is a folder, meant for a few hundred to some thousand pictures.
-  "folder": AUGMENT | {"epochs": 60, "lr": 1.5e-3, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "ema": 0.9999,
-                       "ema_tau": 2000.0, "eval_every": 5},
+  "folder": AUGMENT | {"weights": "auto", "epochs": 60, "lr": 1.5e-3, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0,
+                       "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "eval_every": 5},
   # The published recipe of YOLOv8 (and v5u, 11): SGD for 64 pictures an update, mosaics but for the last 10 epochs.
   "coco": AUGMENT | {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
            "nesterov": True, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "warmup_momentum": 0.8,
            "warmup_bias_lr": 0.1, "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "score_in_background": True, "workers": 8, "log_every": 50}}
 
 
+# What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
+BUDGET = {"processor": {"model": "yolov8t", "lr": 2e-3}, "gpu": {"model": "yolov8s", "size": (640, 640)}}
+
+
 def main(config: Config, run: Run) -> None:
+  plan.choose_network(config, run, BUDGET)
+  plan.choose_weights(config, run, config.model)
   # ---------------------------------------------------------------------------------------------------------------------------- data
-  data = train_set, _ = open_splits(config, run.ranks)
+  data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
 
   # ---------------------------------------------------------------------------------------------------------------------------- network
   detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed)
   notes = start_from(config, detector, train_set.class_names, run)
+  plan.fit_budget(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop

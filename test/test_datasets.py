@@ -355,12 +355,13 @@ def test_voc_boxes_classes_and_oddities(tmp_path):
 def test_voc_without_image_sets_is_split_by_name(tmp_path):
   names = [f"p{i}" for i in range(80)]
   write_voc(tmp_path, {n: [("x", 1, 1, 2, 2, 0)] for n in names}, size=(4, 3))
-  train, val = Voc(tmp_path, "train"), Voc(tmp_path, "val")
-  assert sorted(train.names + val.names) == sorted(names) and not set(train.names) & set(val.names) and 2 <= len(val) <= 16
+  train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
+  parts = [{d.image_name(i) for i in range(len(d))} for d in (train, val)]
+  assert len(train) == 64 and len(val) == 16 and len(parts[0] | parts[1]) == 80
+  assert any("64 train, 16 val" in line for line in train.warnings)
 
 
 @pytest.mark.parametrize("spoil, message", [
-  (lambda d: (d / "Annotations" / "one.xml").unlink(), r"the file is missing in Annotations \(1\): one\.xml"),
   (lambda d: (d / "JPEGImages" / "one.png").unlink(), r"the file is missing in JPEGImages \(1\): one\.jpg"),
   (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation>"), r"annotations that cannot be read \(1\): one\.xml \(is not XML"),
   (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation><size/></annotation>"), r"<annotation> without <size/height> \(1\): one\.xml"),
@@ -419,8 +420,10 @@ def test_open_dataset_recognises_coco(tmp_path, annotations, images):
 def test_open_dataset_says_what_it_looked_for_and_found(tmp_path):
   (tmp_path / "holiday.jpg").touch()
   (tmp_path / "annotations").mkdir()
-  with pytest.raises(UserError, match=r"instances_val\*\.json.*JPEGImages.*found annotations/, holiday\.jpg"): open_dataset(tmp_path, "val")
+  looked_for = r"instances_val\*\.json.*JPEGImages.*data\.yaml.*labelme.*found annotations/, holiday\.jpg"
+  with pytest.raises(UserError, match=looked_for): open_dataset(tmp_path, "val")
   for year in (2014, 2017): (tmp_path / "annotations" / f"instances_val{year}.json").write_text("{}")
   with pytest.raises(UserError, match=r"instances_val2014\.json and annotations/instances_val2017\.json"): open_dataset(tmp_path, "val")
   (tmp_path / "annotations" / "instances_val2014.json").unlink()
+  (tmp_path / "holiday.jpg").unlink()
   with pytest.raises(UserError, match="no folder with its images; looked for val2017/, val/"): open_dataset(tmp_path, "val")

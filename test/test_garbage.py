@@ -223,7 +223,7 @@ ODD_PICTURES = [
   Odd("grey with alpha", saved(Image.merge("LA", [GREY, Image.fromarray(ALPHA[..., 0])])), "pictures with transparency, laid on white (1): a.png",
       image=FINE[..., :1] * (ALPHA / 255) + 255 * (1 - ALPHA / 255), tolerance=1.01),
   Odd("one colour transparent", saved(Image.fromarray(np.full((SIDE, SIDE, 3), 9, np.uint8)), transparency=(9, 9, 9)),
-      "pictures with transparency, laid on white (1): a.png", image=np.full((1, 1, 3), 255.0)),
+      "pictures with transparency, laid on white (1): a.png", image=np.full((1, 1, 3), 9.0)),
   Odd("animated PNG", saved(RGB, save_all=True, append_images=[Image.fromarray(pixels(7))]),
       "pictures of several frames, of which the first is used"),
   Odd("animated GIF", saved(RGB.quantize(16), "GIF", save_all=True, append_images=[Image.fromarray(pixels(7)).quantize(16)]),
@@ -337,18 +337,18 @@ BAD_COCO = [
       "names more than once (1): b.png"),
   Bad("ambiguous suffix", both(rename("a.PNG", "a.png"), lambda c, d: (d / "a.Png").write_bytes(PNG)), "images[].file_name missing in"),
   Bad("absolute path", table("images", file_name="/etc/passwd"), UNSAFE + "/etc/passwd"),
-  Bad("climbing path", table("images", file_name="../../a.png"), UNSAFE + "../../a.png"),
-  Bad("climbing from within", table("images", file_name="sub/../../train/a.png"), UNSAFE),
-  Bad("climbing with backslashes", table("images", file_name="..\\a.png"), UNSAFE),
-  Bad("path of another system", table("images", file_name="C:\\a.png"), UNSAFE),
+  Bad("climbing path", table("images", file_name="../../z.png"), UNSAFE + "../../z.png"),
+  Bad("climbing from within", table("images", file_name="sub/../../train/z.png"), UNSAFE),
+  Bad("climbing with backslashes", table("images", file_name="..\\z.png"), UNSAFE),
+  Bad("path of another system", table("images", file_name="C:\\z.png"), UNSAFE),
   Bad("empty path", table("images", file_name=""), UNSAFE + "''"),
   Bad("NUL in a path", table("images", file_name="a.png\0.txt"), UNSAFE + r"a.png\x00.txt"),
   Bad("control characters in a path", table("images", file_name="\x1b]0;x\x07a.png"), UNSAFE),
   Bad("half a character in a path", table("images", file_name="\ud800.png"), UNSAFE + r"\ud800.png"),
   Bad("a path of 5,000 letters", table("images", file_name="x" * 5000), "missing in"),
-  Bad("a folder of 5,000 letters", table("images", file_name="x" * 5000 + "/a.png"), "missing in"),
+  Bad("a folder of 5,000 letters", table("images", file_name="x" * 5000 + "/z.png"), "missing in"),
   Bad("folder for a path", table("images", file_name="."), "a"),
-  Bad("URL for a path", table("images", file_name="http://example.com/a.png"), "missing in"),
+  Bad("URL for a path", table("images", file_name="http://example.com/z.png"), "missing in"),
   Bad("10,001 boxes on an image", many(10_001), "images with more than 10,000 boxes (1): a.png has 10,001"),
   Bad("a million boxes on an image", many(1_000_000), "images with more than 10,000 boxes (1): a.png has 1,000,000"),
   Bad("no images", lambda c, d: c["images"].clear(), "the list 'images' is empty"),
@@ -400,6 +400,11 @@ ODD_COCO = [
   Odd("area NaN", table("annotations", area=float("nan")), "area missing, negative or not finite, taken as the box's (1)"),
   Odd("area negative", table("annotations", area=-4), "area missing, negative or not finite, taken as the box's (1)"),
   Odd("area of 400 digits", table("annotations", area=10 ** 400), "area missing, negative or not finite, taken as the box's (1)"),
+  Odd("a path of another machine", table("images", file_name="/content/train/a.png"), "found elsewhere (1): /content/train/a.png is a.png"),
+  Odd("an address", table("images", file_name="https://example.com/data/a.png?x=1"), "images[].file_name found elsewhere (1)"),
+  Odd("percent signs", table("images", file_name="%61.png"), "images[].file_name found elsewhere (1): %61.png is a.png"),
+  Odd("a climbing path", table("images", file_name="../../a.png"), "images[].file_name found elsewhere (1)"),
+  Odd("a path from the data set's folder", table("images", file_name="train/a.png"), "that begin at another folder", note=True),
   Odd("unknown fields", lambda c, d: [c["annotations"][0].update(score=1), c["images"][1].update({"\x1b[2J": 0})] and None,
       r"fields that COCO does not have, passed over (2): images[].\x1b[2J, annotations[].score"),
   Odd("large ids", lambda c, d: [c["images"][0].update(id=2 ** 53 + 1), *(a.update(image_id=2 ** 53 + 1) for a in c["annotations"][:2])] and None,
@@ -478,22 +483,21 @@ BAD_VOC = [
       "no file there has an <object>"),
   Bad("10,001 boxes", edit("</annotation>", xml("c").split("</size>")[1].split("</annotation>")[0] * 10_000 + "</annotation>"),
       "images with more than 10,000 boxes (1): a.png has 10,002"),
-  Bad("annotation missing", lambda d: (d / "Annotations/a.xml").unlink(),
-      "listed in the split 'train', but the file is missing in Annotations (1): a.xml"),
   Bad("picture missing", lambda d: (d / "JPEGImages/a.png").unlink(),
       "listed in the split 'train', but the file is missing in JPEGImages (1): a.jpg"),
   Bad("picture empty", write(b"", "JPEGImages/a.png"), "pictures that cannot be read (1): a.png (zero bytes)"),
   Bad("picture a bomb", write(lying_png(60_000, 60_000), "JPEGImages/a.png"), "more than 100 million pixels"),
   Bad("picture cut short", write(PNG[:len(PNG) // 2], "JPEGImages/a.png"), LATE, late=True),
   Bad("two pictures", write(JPEG, "JPEGImages/a.jpg"), "annotations with more than one picture; keep one (1): a.jpg, a.png"),
-  Bad("split missing", lambda d: (d / SPLIT).unlink(), "train.txt: cannot be opened"),
+  Bad("split missing", lambda d: (d / SPLIT).unlink(), "no data set with a split 'train' is here"),
   Bad("split empty", write(b"", SPLIT), "train.txt: is not a list of names (it is empty"),
   Bad("split blank", write(b"\n \n", SPLIT), "the split 'train' has no image"),
   Bad("split in UTF-16", write("a\nb\n".encode("utf-16"), SPLIT), "train.txt: is not a list of names (it is not UTF-8 text"),
-  Bad("split climbs", write(b"../JPEGImages/a\na\n", SPLIT), "(1): ../JPEGImages/a.xml"),
-  Bad("split names what is not there", write(b"a\nz\n", SPLIT), "but the file is missing in Annotations (1): z.xml"),
+  Bad("split names what is not there", write(b"a\nz\n", SPLIT), "but the file is missing in JPEGImages (1): z.jpg"),
   Bad("split a pipe", instead(os.mkfifo, SPLIT), "it is not a regular file"),
-  Bad("split with columns", write(b"a 1\nb -1\n", SPLIT), "missing in Annotations (2): a 1.xml, b -1.xml"),
+  Bad("two names", edit("<name>cat</name>", "<name>cat</name><name>dog</name>"), "<object> with more than one <name> (1): a.xml"),
+  Bad("two left sides", edit("<xmin>3</xmin>", "<xmin>3</xmin><xmin>4</xmin>"), "<bndbox/xmin> more than once (1): a.xml"),
+  Bad("two sizes", edit("</size>", "</size><size><width>32</width><height>32</height></size>"), "annotations with more than one <size> (1): a.xml"),
 ]
 
 ODD_VOC = [
@@ -504,7 +508,12 @@ ODD_VOC = [
   Odd("box over the border", edit("<xmax>12<", "<xmax>40<"), "boxes more than 1 pixel over the border of their image, clipped (1): a.xml",
       boxes=[[2, 3, 32, 15], [5, 6, 12, 14]]),
   Odd("box with a fraction", edit("<xmax>12<", "<xmax>12.5<"), "", boxes=[[2, 3, 12.5, 15], [5, 6, 12, 14]]),
-  Odd("box counted from 0", edit("<xmin>3<", "<xmin>0<"), "", boxes=[[0, 3, 12, 15], [5, 6, 12, 14]]),
+  Odd("box counted from 0", edit("<xmin>3<", "<xmin>0<"), "corners counted from 0", boxes=[[0, 4, 12, 15], [6, 7, 12, 14]]),
+  Odd("annotation missing", lambda d: (d / "Annotations/a.xml").unlink(),
+      "listed in the split 'train' without an XML file, taken as background (1): a", boxes=[], note=True),
+  Odd("split climbs", write(b"../JPEGImages/a\n", SPLIT), "lines of train.txt with more than a name"),
+  Odd("split with columns", write(b"a 1\nb -1\n", SPLIT), "lines of train.txt with more than a name, of which the name is taken (2): a 1, b -1"),
+  Odd("split with suffixes", write(b"a.png\nb.png\n", SPLIT), "lines of train.txt with more than a name"),
   Odd("difficult", edit("<difficult>0<", "<difficult>1<"), "", boxes=[[5, 6, 12, 14]]),
   Odd("difficult true", edit("<difficult>0<", "<difficult>True<"), "<difficult> is neither 0 nor 1, taken as 1 where it is true or yes",
       boxes=[[5, 6, 12, 14]]),
@@ -633,7 +642,7 @@ CHECK = ("-m", "tinydet.datasets.check")
 def test_check_prints_tables_that_agree_with_the_data(tmp_path, capsys):
   write_coco(tmp_path, lambda c, d: [c["annotations"][0].update(iscrowd=1), c["annotations"][3].update(bbox=[0, 0, 32, 40], area=1280)] and None,
              splits=("train", "val"))
-  check.main([str(tmp_path)])
+  check.main([str(tmp_path), "--page", str(tmp_path / "page.html")])
   out = capsys.readouterr().out
   train, val = out.split(f"\n{tmp_path}, ")[1:]
   assert "3 pictures, 3 boxes, 1 crowd regions" in train and "3 pictures, 4 boxes, 0 crowd regions" in val
@@ -646,7 +655,7 @@ def test_check_prints_tables_that_agree_with_the_data(tmp_path, capsys):
 
 def test_check_without_traceback_on_the_real_command_line(tmp_path):
   write_coco(tmp_path / "odd", table("categories", name="кошка 猫"), splits=("train", "val"))
-  odd = run(*CHECK, str(tmp_path / "odd"), "--split", "train", PYTHONIOENCODING="ascii")
+  odd = run(*CHECK, str(tmp_path / "odd"), "--split", "train", "--page", str(tmp_path / "page.html"), PYTHONIOENCODING="ascii")
   assert odd.returncode == 0 and r"\u043a" in odd.stdout and "Traceback" not in odd.stderr
   write_coco(tmp_path / "cut", put(PNG[:len(PNG) // 2]), splits=("train", "val"))
   fast, slow = run(*CHECK, str(tmp_path / "cut"), "--fast"), run(*CHECK, str(tmp_path / "cut"))

@@ -384,5 +384,6 @@ def test_errors_of_our_own_are_not_hidden(server, folder, monkeypatch):
 
 def test_what_a_run_says_of_it(server, folder):
   get_openimages(folder)
-  with pytest.raises(UserError, match="no data set with a split 'train'"): open_dataset(folder.parent, "train")
+  assert open_dataset(folder.parent, "val").layout.startswith(f"COCO: in {folder.name}/")
+  with pytest.raises(UserError, match="no data set with a split 'train'"): open_dataset(folder/"val", "train")
   assert open_dataset(folder, "val").max_boxes == max(np.bincount([a["image_id"] for a in reference(server, "val")[1] if not a["iscrowd"]]))

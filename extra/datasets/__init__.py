@@ -5,43 +5,46 @@ on an image), `warnings` (one line for each kind of oddity that was mended), `si
 `len(d)`, `d[i]` (a `Sample`), `d.image_name(i)` for messages, and `d.ground_truth()` in the form of a COCO instances file. One
 that reads files may have `d.resized(i, (height, width))`, a `Sample` read at that size, faster.
 """
-import os
 from pathlib import Path
 from typing import Any
 from tinydet.datasets.coco import Coco
 from tinydet.datasets.crops import Crops
 from tinydet.datasets.image_folder import ImageFolder
+from tinydet.datasets.layouts import open_split, recognise
+from tinydet.datasets.listed import Listed
+from tinydet.datasets.problems import reason
 from tinydet.datasets.shapes import Shapes
-from tinydet.datasets.voc import Voc
+from tinydet.datasets.split import Rule
+from tinydet.datasets.subset import Part
 from tinydet.errors import UserError
 
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}  # our name -> names met in folders
+SPLITS = ("train", "val")
 
 
-def open_dataset(spec: str | Path, split: str, *, strict: bool = False, **shapes_options: Any) -> Shapes | Coco | Voc:
+def open_dataset(spec: str | Path, split: str, *, strict: bool = False, images: str | Path | None = None, rule: Rule | None = None,
+                 **shapes_options: Any) -> Shapes | Coco | Listed | Part:
   """The "train" or "val" split of a data set.
 
   `spec` is "shapes" (the embedded data set, family 1), "shapes:1" or "shapes:2", with `shapes_options` (`size`, `count`, `seed`) for `Shapes`, or a
-  folder in one of these layouts:
-  COCO: `annotations/instances_train*.json` with images in a folder named like the rest of the file name (`train2017/`), `train/` or `images/`;
-    or `train.json` with images in `train/` or `images/`; or `train/_annotations.coco.json` beside its images; likewise for `val`, `valid` or
-    `validation`.
-  Pascal VOC: `Annotations/` and `JPEGImages/`; training is the split `trainval` and validation `test` if `ImageSets/Main/test.txt` exists, otherwise
-    `train` and `val`.
-  Raises UserError for any other folder and for a broken data set, with all its errors; with `strict`, oddities that would be mended are errors too.
+  folder or a file of annotations in one of the layouts of `layouts.LAYOUTS`, whose pictures lie in `images` where that is given. A data set that does
+  not say its splits is divided by the folders its pictures lie in, where they are called train and val, or else by `rule` (by default a fifth is
+  "val"); with `rule`, so is one that has training pictures alone.
+  `layout` says how it was recognised. Raises UserError for any other folder and for a broken data set, with all its errors; with `strict`, oddities
+  that would be mended are errors too.
   """
-  if split not in SPLIT_NAMES: raise UserError(f"split '{split}' is unknown; choose train or val")
+  if split not in SPLITS: raise UserError(f"split '{split}' is unknown; choose train or val")
   if str(spec).partition(":")[0] == "shapes":
     family = str(spec).partition(":")[2] or "1"
     if family not in ("1", "2"): raise UserError(f"data set '{spec}' is unknown; the embedded ones are shapes:1 and shapes:2")
     return Shapes(split, int(family), **shapes_options)
   if shapes_options: raise TypeError(f"{', '.join(shapes_options)} are options of the embedded data set, not of the folder {spec}")
-  folder = Path(spec)
-  if not os.path.isdir(folder): raise UserError(f"{spec}: is neither a folder nor one of the embedded data sets, shapes:1 and shapes:2")
-  if (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir():
-    has_test = (folder / "ImageSets" / "Main" / "test.txt").exists()
-    return Voc(folder, {"train": "trainval", "val": "test"}[split] if has_test else split, strict)
-  return _open_coco(folder, split, strict)
+  try: found, others = recognise(spec, images, split)
+  except (ValueError, OSError) as e: raise UserError(f"{str(spec)[:200]!r}: is no name of a folder ({reason(e)})") from e   # a NUL, or too long
+  dataset = open_split(found, split, strict, rule, str(spec))
+  dataset.layout = f"{found.layout}: {found.why}"
+  if others:
+    dataset.warnings = [*dataset.warnings, f"{spec}: is also laid out as {' and '.join(others)}, which is passed over; taken as {dataset.layout}"]
+  return dataset
 
 
 def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | ImageFolder:
@@ -50,7 +53,7 @@ def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | 
   `spec` is "crops:1" or "crops:2" ("crops" is the first), with `crops_options` (`size`, `count`, `seed`) for `Crops`, or a folder with
   `train/<class>/` and `val/<class>/` for `ImageFolder`. Raises UserError for anything else. There is no `ground_truth`.
   """
-  if split not in SPLIT_NAMES: raise UserError(f"split '{split}' is unknown; choose train or val")
+  if split not in SPLITS: raise UserError(f"split '{split}' is unknown; choose train or val")
   if str(spec).partition(":")[0] == "crops":
     family = str(spec).partition(":")[2] or "1"
     if family not in ("1", "2"): raise UserError(f"data set '{spec}' is unknown; the embedded ones are crops:1 and crops:2")
@@ -59,21 +62,3 @@ def open_classes(spec: str | Path, split: str, **crops_options: Any) -> Crops | 
   if not Path(spec).is_dir(): raise UserError(f"{spec}: is neither a folder nor one of the embedded data sets, crops:1 and crops:2")
   return ImageFolder(spec, split)
 
-
-def _open_coco(folder: Path, split: str, strict: bool) -> Coco:
-  names = SPLIT_NAMES[split]
-  patterns = [p for n in names for p in (f"annotations/instances_{n}*.json", f"{n}.json", f"{n}/_annotations.coco.json")]
-  files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-  if len(files) > 1: raise UserError(f"{folder}: {' and '.join(str(f.relative_to(folder)) for f in files)} may both be '{split}'; keep one")
-  if not files:
-    found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    raise UserError(f"{folder}: no data set with a split '{split}' is here; looked for annotations/instances_{split}*.json, {split}.json or "
-                    f"{split}/_annotations.coco.json (COCO), and for Annotations/ with JPEGImages/ (Pascal VOC); found "
-                    f"{', '.join(found[:8]) or 'an empty folder'}{', ...' if len(found) > 8 else ''}")
-  file = files[0]
-  if file.name == "_annotations.coco.json": return Coco(file, file.parent, strict)
-  tail = file.stem.removeprefix("instances_")
-  places = [folder / p for p in dict.fromkeys([tail, *names, f"images/{tail}", *(f"images/{n}" for n in names), "images"])]
-  for place in places:
-    if place.is_dir(): return Coco(file, place, strict)
-  raise UserError(f"{file}: no folder with its images; looked for {', '.join(str(p.relative_to(folder)) + '/' for p in places)} in {folder}")

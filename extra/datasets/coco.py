@@ -1,6 +1,6 @@
 """Data sets in the form of COCO: one `instances_*.json` and a folder of images (https://cocodataset.org/#format-data)."""
-import gc, os, re, reprlib, sys
-from collections.abc import Callable
+import gc, math, os, reprlib, sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from tinydet.cache import cache_folder
 from tinydet.datasets import index
-from tinydet.datasets.image import check_headers, find_files, read_image
-from tinydet.datasets.image_folder import SUFFIXES
+from tinydet.datasets.find_pictures import find_pictures, is_picture
+from tinydet.datasets.image import check_headers, read_image
 from tinydet.datasets.json_rows import read_portions, read_whole
+from tinydet.datasets.outlines import around_points, around_turned, iou
 from tinydet.datasets.problems import Problems, check_boxes, check_class_names, reason, shown
 from tinydet.datasets.sample import Sample
 from tinydet.datasets.transforms import resized_boxes
@@ -20,13 +21,16 @@ FARTHEST = 1e6   # pixels; no coordinate of a real box is larger
 INT32, INT64 = 2 ** 31 - 1, 2 ** 63 - 1
 NO_ID = -INT64 - 1
 STAND_IN = [0, 0, 1, 1]   # for a box that was reported, so that the others can be judged
-UNSAFE_PATH = re.compile(r"^$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|[\0-\x1f\x7f\ud800-\udfff]")   # empty, absolute, climbing, not a name
 KNOWN_FIELDS = {
-  "images": {"id", "width", "height", "file_name", "license", "flickr_url", "coco_url", "date_captured"},
+  "images": {"id", "width", "height", "file_name", "license", "flickr_url", "coco_url", "date_captured",
+             "neg_category_ids", "not_exhaustive_category_ids"},   # LVIS
   "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints", "num_keypoints"},
-  "categories": {"id", "name", "supercategory", "keypoints", "skeleton"}}
+  "categories": {"id", "name", "supercategory", "keypoints", "skeleton",
+                 "synset", "synonyms", "def", "image_count", "instance_count", "frequency"}}   # LVIS
 LARGE = 2 ** 26   # bytes: a larger annotation file is read in portions, and what was read is kept
-VERSION = 2       # of the arrays and the checks behind them: to be raised where either changes
+OUTLINES = 2_000  # of a portion of annotations: so many polygons are held against their boxes
+AGREE = 0.5       # IoU of a box with that around its polygon, below which they are of two things
+VERSION = 3       # of the arrays and the checks behind them: to be raised where either changes
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,8 +62,11 @@ class Coco:
   upright: bool | None         # whether boxes are of upright pictures (see `check_headers`)
   warnings: list[str]
 
-  def __init__(self, annotation_file: str | Path, image_folder: str | Path, strict: bool = False):
+  def __init__(self, annotation_file: str | Path, image_folder: str | Path, strict: bool = False, roots: Sequence[str | Path] = (),
+               split: str = ""):
+    """Pictures that are not in `image_folder` are looked for in it and below `roots`, and not among those of other splits (see `find_pictures`)."""
     self.file, self.folder = Path(annotation_file), Path(image_folder)
+    self.split, self.roots = split, [self.folder, *map(Path, roots)]
     self.name = self.file.stem
     self._kept: tuple[Path, str] | None = None   # file of the cache that the arrays lie in, and its digest
     try: large = os.path.getsize(self.file) > LARGE
@@ -72,6 +79,10 @@ class Coco:
   def file_name(self, index: int) -> str: return self.names[slice(*self.name_offsets[index:index + 2])].tobytes().decode("utf-8", "surrogatepass")
 
   def image_name(self, index: int) -> str: return os.path.join(self.folder, self.file_name(index))
+
+  def object_counts(self) -> np.ndarray:
+    """i64 [I]: how many objects each picture has that are to be learnt."""
+    return np.diff(np.concatenate([[0], np.cumsum(~self.crowd)])[self.offsets])
 
   def __getitem__(self, index: int) -> Sample: return self._sample(index, None)
 
@@ -192,19 +203,14 @@ class Coco:
                     file_name: np.ndarray) -> tuple[Arrays, list[str | None]]:
     problems.error("images[].id used more than once", _repeated_ids(id))
     sizes, names = np.stack([height, width], 1), file_name.tolist()
-    unsafe = {name for name in set(names) - {None} if UNSAFE_PATH.search(name)}
-    problems.error("images[].file_name is no path inside the image folder", sorted(unsafe), lambda n: shown(n) or "''")
-    safe = [i for i, name in enumerate(names) if name is not None and name not in unsafe]
-    about["_folders"] = {sub: self._changed(sub) for sub in sorted({"", *(os.path.dirname(names[i]) for i in safe)})}
-    try: found, unused = find_files(self.folder, [names[i] for i in safe])
+    try: found, unused = find_pictures(problems, self.folder, names, self.roots, "images[].file_name", self.split)
     except OSError as e: raise UserError(f"{self.folder}: the image folder of {self.file} cannot be opened ({e.strerror})") from e
-    problems.error(f"images[].file_name missing in {self.folder}", [names[i] for i, file in zip(safe, found) if file is None], shown)
-    problems.odd("images[].file_name found in another spelling", [names[i] for i, file in zip(safe, found) if file not in (None, names[i])], shown)
-    files = [os.path.normpath(file or names[i]) for i, file in zip(safe, found)]
-    problems.error("files that images[].file_name names more than once", _repeated(files), shown)
-    problems.note("pictures in the image folder that images[] does not list", [n for n in unused if n.lower().endswith(SUFFIXES)], shown)
-    for i, file in zip(safe, found): names[i] = file
-    there = [i for i in safe if names[i] is not None and sizes[i].max() < INT32]
+    known = [i for i, file in enumerate(found) if file is not None]
+    about["_folders"] = {sub: self._changed(sub) for sub in sorted({"", *(os.path.dirname(found[i]) for i in known)})}
+    problems.error("files that images[].file_name names more than once", _repeated([os.path.normpath(found[i]) for i in known]), shown)
+    problems.note("pictures in the image folder that images[] does not list", [n for n in unused if is_picture(n)], shown)
+    names = [file or name for file, name in zip(found, names)]
+    there = [i for i in known if sizes[i].max() < INT32]
     about["upright"] = check_headers(problems, self.folder, [names[i] for i in there], sizes[there].tolist())
     encoded = [str(name).encode("utf-8", "surrogatepass") for name in names]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
@@ -212,7 +218,7 @@ class Coco:
 
   def _check_annotations(self, problems: Problems, columns: Problems, about: dict[str, Any], image_ids: np.ndarray, sizes: np.ndarray,
                          file_names: list[str | None], id: np.ndarray, image_id: np.ndarray, category_id: np.ndarray, bbox: np.ndarray,
-                         area: np.ndarray, iscrowd: np.ndarray) -> Arrays:
+                         area: np.ndarray, iscrowd: np.ndarray, outline: np.ndarray) -> Arrays:
     def name(i: int) -> str: return f"annotation id {id[i]}"
     table, ids = "annotations[]", id
     if len(again := _repeated_ids(ids)):
@@ -236,6 +242,7 @@ class Coco:
       problems.error(f"{table}.bbox all between 0 and 1; boxes are [x, y, width, height] in pixels", np.arange(len(bbox)), name)
     if len(bbox) >= 10 and over.mean() >= 0.5 and (bbox[:, 2:] > bbox[:, :2]).all():
       problems.error(f"{table}.bbox over the border as if they were corners; boxes are [x, y, width, height] in pixels", np.flatnonzero(over), name)
+    _judge_boxes(problems, corners, area, outline, name)
     keep = np.flatnonzero(check_boxes(problems, corners, labels, images, sizes, (bbox[:, 2:] == 0).any(1), lambda i: shown(file_names[i]), name))
 
     keep = keep[np.argsort(images[keep], kind="stable")]
@@ -258,7 +265,13 @@ def _image_columns(problems: Problems, rows: list[dict[str, Any]], first: int) -
   column = partial(_column, problems, rows, first, "images")
   return {"id": _ids(problems, rows, first, "images", 0),   # -1 stands for padding in a batch
           **{key: np.array(column(key, {int}, "a positive whole number", lambda _: INT32, 1, INT32 - 1), np.int32) for key in ("height", "width")},
-          "file_name": np.array(column("file_name", {str}, "a text", lambda _: None), object)}
+          "file_name": np.array(_column(problems, _named(rows), first, "images", "file_name", {str}, "a text", lambda _: None), object)}
+
+
+def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Images with a file_name: of LVIS, which has none, it is the end of `coco_url`, as train2017/000000000030.jpg."""
+  return [row if "file_name" in row or type(row.get("coco_url")) is not str else row | {"file_name": "/".join(row["coco_url"].split("/")[-2:])}
+          for row in rows]
 
 
 def _annotation_columns(problems: Problems, rows: list[dict[str, Any]], first: int) -> Arrays:
@@ -270,11 +283,58 @@ def _annotation_columns(problems: Problems, rows: list[dict[str, Any]], first: i
   problems.error("annotations[].bbox of negative width or height", np.flatnonzero(negative),
                  lambda i: f"annotations[{first + i}] {_repr(rows[i]['bbox'])}")
   boxes[negative] = STAND_IN
+  outline = _outlines(rows)
+  _turn_boxes(problems, rows, boxes, outline, name)
   return {"id": _ids(problems, rows, first, "annotations", -INT64), **owners, "bbox": boxes, "iscrowd": _crowd(problems, rows, name),
-          "area": _areas(problems, rows, boxes, name)}
+          "outline": outline, "area": _areas(problems, rows, boxes, name)}
 
 
 COLUMNS = {"images": _image_columns, "annotations": _annotation_columns, "categories": _category_columns}
+
+
+def _outlines(rows: list[dict[str, Any]]) -> np.ndarray:
+  """xyxy around the polygons of some annotations, f64 [N,4]; NaN where there is none, or it was not looked at."""
+  outlines, step = np.full((len(rows), 4), np.nan), max(1, len(rows) // OUTLINES)
+  for i, row in enumerate(rows):
+    if i % step and "attributes" not in row: continue
+    if isinstance(polygons := row.get("segmentation"), list) and polygons and all(isinstance(p, list) and len(p) >= 6 for p in polygons):
+      points = [n for polygon in polygons for n in polygon[:len(polygon) // 2 * 2]]
+      if all(type(n) in (int, float) and abs(n) <= FARTHEST for n in points): outlines[i] = around_points(points)
+  return outlines
+
+
+def _turn_boxes(problems: Problems, rows: list[dict[str, Any]], boxes: np.ndarray, outline: np.ndarray, name: Callable[[int], str]) -> None:
+  """Make of boxes that CVAT says are turned about their middle, the upright boxes around them, unless they are already those of their polygons."""
+  turned = []
+  for i, row in enumerate(rows):
+    about = row.get("attributes")
+    if not isinstance(about, dict) or type(degrees := about.get("rotation")) not in (int, float): continue
+    if not math.isfinite(degrees) or not degrees % 180: continue
+    x, y, width, height = boxes[i].tolist()
+    if iou(np.array([[x, y, x + width, y + height]]), outline[i:i + 1])[0] > 0.9: continue   # NaN is not
+    x0, y0, x1, y1 = around_turned(x + width / 2, y + height / 2, width, height, math.radians(degrees))
+    boxes[i] = [x0, y0, x1 - x0, y1 - y0]
+    turned.append(i)
+  problems.odd("annotations[].attributes.rotation, taken as the upright box around the turned one", turned, name)
+
+
+def _judge_boxes(problems: Problems, corners: np.ndarray, area: np.ndarray, outline: np.ndarray, name: Callable[[int], str]) -> None:
+  """Report boxes that their own areas and polygons show to be something else than [x, y, width, height]. `corners` is xyxy of what was read so."""
+  if not len(corners): return
+  size = corners[:, 2:] - corners[:, :2]
+  as_corners = size - corners[:, :2]   # were the last two numbers a corner, and no size
+  own, other = np.abs(size.prod(1) - area), np.abs(as_corners.prod(1) - area)
+  wrong = (as_corners > 0).all(1) & (other <= 0.01 * area + 0.01) & (own > 0.02 * area + 0.02)
+  if wrong.sum() > len(wrong) / 2:
+    return problems.error("annotations[].bbox whose area is that of corners; boxes are [x, y, width, height] in pixels", np.flatnonzero(wrong), name)
+  judged = np.flatnonzero((outline[:, 2:] - outline[:, :2] > 4).all(1))   # NaN is not
+  apart = judged[iou(corners[judged], outline[judged]) < AGREE]
+  if len(apart) > len(judged) / 2:
+    return problems.error("annotations[].bbox apart from its segmentation; boxes are [x, y, width, height] in pixels", apart, name)
+  problems.odd("annotations[].bbox apart from its segmentation, kept", apart, name)
+  larger = np.flatnonzero(area > 1.1 * size.prod(1) + 4)
+  if len(larger) > len(area) / 2:
+    problems.error("annotations[].bbox smaller than its area; boxes are [x, y, width, height] in pixels of the picture", larger, name)
 
 
 def _crowd(problems: Problems, rows: list[dict[str, Any]], name: Callable[[int], str]) -> np.ndarray:

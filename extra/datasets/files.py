@@ -1,10 +1,13 @@
 """Pictures and videos as a command line names them."""
 import glob, os
+from collections import Counter
 from pathlib import Path
+from tinydet.datasets.find_pictures import SUFFIXES
 from tinydet.datasets.video import SUFFIXES as VIDEOS
 from tinydet.errors import UserError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+PICTURES = set(SUFFIXES)
+CONVERT = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".psd", ".svg", ".pdf")   # pictures that nothing here reads
 RESULTS = ({"detections.json", "images.json"}, {"explanations.json"})   # what marks a folder of results
 
 
@@ -25,6 +28,22 @@ def expand(sources: tuple[str, ...]) -> tuple[list[Path], list[Path | int]]:
       if match.is_dir(): pictures |= dict.fromkeys(inside)
       else: (videos if match.suffix.lower() in VIDEOS else pictures)[match] = None
   return list(pictures), list(videos)
+
+
+def left_unread(sources: tuple[str, ...]) -> list[str]:
+  """What in the folders among the sources is not looked at, a line for each folder."""
+  lines = []
+  for folder in filter(os.path.isdir, sources):
+    kinds: Counter = Counter()
+    for _, folders, files in os.walk(folder):
+      ours = any(left <= set(files) for left in RESULTS)
+      folders[:] = [] if ours else [name for name in folders if not name.startswith(".")]
+      suffixes = [Path(name).suffix.lower() for name in files if not name.startswith(".")]
+      if not ours: kinds.update(suffix or "without suffix" for suffix in suffixes if suffix not in PICTURES)
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+    if convert := sorted(set(kinds).intersection(CONVERT)): said += f"; convert {', '.join(convert)} to JPEG or PNG"
+    if kinds: lines.append(f"{folder}: files that are not looked at ({kinds.total():,}): {said}")
+  return lines
 
 
 def walk(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Pictures from files as RGB bytes, and what their headers tell before that."""
-import contextlib, io, os, stat, unicodedata, warnings
+import contextlib, io, os, stat, warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,13 +15,16 @@ MODES = {"RGB": None, "RGBX": None, "YCbCr": None, "1": "grey-scale", "L": "grey
 ALPHA = ("LA", "PA", "La", "RGBa", "RGBA")
 MAX_PIXELS = 100_000_000     # 300 MB as RGB, in each worker
 MAX_HEADERS = 20_000         # read before training: about a second; of a larger data set, so many in even steps
+MAX_DECODED = 32             # of those whose header calls for a look at the pixels, before training
+DARK = 0.25                  # of its range: the largest value of a 16-bit picture that has rather 8 to 14 bits
 ORIENTATION = 0x0112         # of EXIF
 WHOLE_CHECK = "python -m tinydet.datasets.check"
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resized: tuple[int, int] | None = None,
                upright: bool = False) -> Image.Image:
-  """The picture in a file in RGB: 16 bits scaled to 8, transparency laid on white, of several frames the first.
+  """The picture in a file in RGB: 16 bits scaled to 8, transparency laid on white (passed over where all is transparent), of several frames the
+  first.
 
   `size` (height, width) is what the annotations declare (None: nothing), `field` where they do so, for messages. Boxes belong to the picture of
   that size: the file's EXIF orientation is applied when it makes the sizes agree and the stored pixels do not, and where the size cannot tell (half a
@@ -50,8 +54,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None, field: str, resiz
   return picture if resized is None else picture.resize(resized[::-1], Image.Resampling.BILINEAR, box=part)
 
 
-def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> bool | None:
-  """Report what the headers of the files `names` in `folder` tell, where `sizes` (height, width) are annotated; no pixel is decoded.
+def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]],
+                  told: Sequence[bool] | None = None) -> bool | None:
+  """Report what the headers of the files `names` in `folder` tell, where `sizes` (height, width) are annotated; few pixels are decoded. A size that
+  is not `told` by the annotations is from `header_sizes`, and proves nothing.
 
   Returns whether the annotations are of upright pictures, as their EXIF orientation says: one rule for all, from those whose annotated size proves
   it, None where none does. Then they are taken for upright, as whoever labels a picture looks at it so, and as it will be shown to the detector.
@@ -63,6 +69,7 @@ def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], 
   if len(chosen) < len(names):
     problems.note(f"pictures, of which {MAX_HEADERS:,} were looked at, evenly spread; {WHOLE_CHECK} reads all", names, lambda _: "")
   turned, stored, untold = [], [], []   # pictures with an EXIF orientation: what their annotated size proves
+  deep, transparent = [], []
   for i in chosen:
     name, size = shown(names[i]), tuple(sizes[i])
     try:
@@ -70,14 +77,21 @@ def check_headers(problems: Problems, folder: str | Path, names: Sequence[str], 
     except Exception as e: problems.error("pictures that cannot be read", [f"{name} ({_why(e)})"])
     else:
       if found != size: problems.error("pictures of another size than annotated", [f"{name} is {found[1]}x{found[0]}, not {size[1]}x{size[0]}"])
-      elif turn != 1: (untold if _untold(size, turn) else stored if (picture.height, picture.width) == size else turned).append(name)
+      elif turn != 1:
+        unknown = _untold(size, turn) or (told is not None and not told[i])
+        (untold if unknown else stored if (picture.height, picture.width) == size else turned).append(name)
       for what in oddities: problems.odd(f"pictures {what}", [name])
+      if found == size and _sixteen_bit(picture): deep.append(names[i])
+      if found == size and _has_alpha(picture): transparent.append(names[i])
   upright = bool(turned) if bool(turned) != bool(stored) else None
   problems.odd("pictures turned as their EXIF orientation says, for their annotated size is the turned one", turned)
   problems.odd("pictures left as stored in spite of an EXIF orientation, for their annotated size is the stored one", stored)
   taken = {True: "turned, as the others of this data set are", False: "left as stored, as the others of this data set are",
            None: "turned upright; nothing tells whether their boxes were drawn so, and they may lie elsewhere"}[upright]
-  problems.odd(f"pictures whose EXIF orientation leaves their size as it is (half a turn, a mirror image, a square), {taken}", untold)
+  why = "whose EXIF orientation leaves their size as it is (half a turn, a mirror image, a square)"
+  if told is not None and not all(told): why = "with an EXIF orientation, and no annotated size that tells how their boxes were drawn"
+  problems.odd(f"pictures {why}, {taken}", untold)
+  _look_at_pixels(problems, folder, deep, transparent)
   problems.odd("pictures behind symbolic links out of the data set, followed", _links_out(folder, names), shown)
   return upright
 
@@ -94,25 +108,44 @@ def _untold(size: tuple[int, int], turn: int) -> bool:
   return turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and size[0] == size[1])
 
 
-def find_files(folder: str | Path, names: Sequence[str]) -> tuple[list[str | None], list[str]]:
-  """Where each of `names`, relative paths, is in `folder`, and the files beside them that no name stands for.
+def header_sizes(problems: Problems, folder: str | Path, names: Sequence[str]) -> list[tuple[int, int]]:
+  """(height, width) of pictures whose annotations do not say it, upright as their EXIF orientation says; (0, 0) for one that was reported."""
+  def read(name: str) -> tuple[int, int] | str:
+    try:
+      with opened(os.path.join(folder, name)) as picture: size, turn = (picture.height, picture.width), _turn(picture)
+    except Exception as e: return f"{shown(name)} ({_why(e)})"   # decoders raise almost anything on broken files
+    return size[::-1] if turn in (5, 6, 7, 8) else size
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: found = list(pool.map(read, names))
+  problems.error("pictures that cannot be read", [line for line in found if isinstance(line, str)])
+  return [(0, 0) if isinstance(size, str) else size for size in found]
 
-  A name that is not there stands for a file that differs in the case of its suffix, the Unicode form or the direction of the slashes only, if there
-  is one such file; None otherwise. OSError where `folder` itself cannot be opened.
-  """
-  def spelling(name: str) -> str:
-    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name.replace("\\", "/")))
-    return os.path.normpath(stem + suffix.lower())
-  present = {entry.name for entry in os.scandir(folder)}
-  for sub in {os.path.dirname(n) for name in names for n in (name, name.replace("\\", "/"))} - {""}:
-    with contextlib.suppress(OSError): present.update(os.path.join(sub, entry.name) for entry in os.scandir(os.path.join(folder, sub)))
-  found: list[str | None] = [name if name in present else None for name in names]
-  if None in found:
-    similar: dict[str, list[str]] = {}
-    for name in present: similar.setdefault(spelling(name), []).append(name)
-    for i, name in enumerate(names):
-      if found[i] is None and len(candidates := similar.get(spelling(name), [])) == 1: found[i] = candidates[0]
-  return found, sorted(present.difference(found))
+
+def _sixteen_bit(picture: Image.Image) -> bool:
+  """Whether its file has 16 bits a value, which Pillow keeps of grey pictures and not of coloured ones."""
+  return picture.mode in SIXTEEN_BIT or any(";16" in str(tile[3]) for tile in picture.tile)
+
+
+def _has_alpha(picture: Image.Image) -> bool: return picture.mode in ALPHA or "transparency" in picture.info
+
+
+def _look_at_pixels(problems: Problems, folder: str | Path, deep: list[str], transparent: list[str]) -> None:
+  """Report 16-bit pictures that will be dark, and transparent ones of which nothing would be seen."""
+  dark, invisible = [], []
+  for names, look in ((deep, dark), (transparent, invisible)):
+    for name in names[:MAX_DECODED]:
+      with contextlib.suppress(Exception), opened(os.path.join(folder, name)) as picture:   # `read_image` will say why
+        if look is invisible:
+          if _all_transparent(picture): look.append(shown(name))
+          continue
+        pixels = np.asarray(picture)
+        most = int(pixels.max()) * (1 if picture.mode in SIXTEEN_BIT else 257)
+        if 0 < most < DARK * 65535: look.append(f"{shown(name)} has {most:,} of 65,535")
+  problems.odd("pictures of 16 bits whose largest value is small, so that they come out dark; multiply their values to fill the range", dark)
+  problems.odd("pictures that are transparent everywhere, their transparency passed over", invisible)
+
+
+def _all_transparent(picture: Image.Image) -> bool:
+  return picture.convert("RGBA").getchannel("A").getextrema()[1] == 0
 
 
 @contextlib.contextmanager
@@ -146,7 +179,7 @@ def _size_and_oddities(picture: Image.Image, size: tuple[int, int]) -> tuple[tup
   if found != size: return found, turn, []
   oddities = []
   if kind := MODES[picture.mode]: oddities.append(f"{kind}, converted")
-  if picture.mode in ALPHA or "transparency" in picture.info: oddities.append("with transparency, laid on white")
+  if _has_alpha(picture): oddities.append("with transparency, laid on white")
   if getattr(picture, "is_animated", False): oddities.append("of several frames, of which the first is used")
   return found, turn, oddities
 
@@ -167,11 +200,13 @@ def _why(error: Exception) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-  """In RGB: 16 bits scaled to 8, transparency laid on white. ValueError for pixels whose range is unknown."""
+  """In RGB: 16 bits scaled to 8, transparency laid on white, or passed over where all is transparent, for then the colours are what was meant.
+  ValueError for pixels whose range is unknown."""
   if picture.mode in SIXTEEN_BIT:
     grey = np.asarray(picture).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535: raise ValueError("pixels of 32 bits have no agreed range, convert them to 8 or 16 bits")
     return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-  if picture.mode in ALPHA or "transparency" in picture.info:
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+  if _has_alpha(picture):
+    picture = picture.convert("RGBA")
+    if not _all_transparent(picture): picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
   return picture if picture.mode == "RGB" else picture.convert("RGB")

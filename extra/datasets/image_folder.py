@@ -3,11 +3,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
+from tinydet.datasets.find_pictures import SUFFIXES
 from tinydet.datasets.image import read_image
 from tinydet.datasets.sample import Sample
 from tinydet.errors import UserError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # our name -> names met in folders; the first that is there counts
 
 

@@ -94,6 +94,10 @@ def check_boxes(problems: Problems, corners: np.ndarray, labels: np.ndarray, ima
   again = np.zeros(len(order), bool)
   again[order[1:]] = True
   for column in (images, labels, *corners.T): again[order[1:]] &= column[order[1:]] == column[order[:-1]]
+  beyond = empty & ~flat
+  if beyond.sum() > len(beyond) / 2:
+    problems.error("boxes outside their pictures, more than half of all; were they drawn on pictures of another size?", np.flatnonzero(beyond),
+                   box_name)
   problems.odd("boxes without area inside their image, dropped", np.flatnonzero(empty), box_name)
   problems.odd("boxes more than 1 pixel over the border of their image, clipped", np.flatnonzero(outside), box_name)
   problems.odd("boxes written again, same image, class and corners, kept", np.flatnonzero(again & ~empty), box_name)
@@ -101,6 +105,14 @@ def check_boxes(problems: Problems, corners: np.ndarray, labels: np.ndarray, ima
   problems.error(f"images with more than {MAX_BOXES:,} boxes", np.flatnonzero(counts > MAX_BOXES), lambda i: f"{image_name(i)} has {counts[i]:,}")
   problems.note("images without objects, which are background", np.flatnonzero(counts == 0), image_name)
   return ~empty
+
+
+def refuse_empty(dataset: Any) -> None:
+  """UserError where no picture of a data set to learn from has an object."""
+  if dataset.object_counts().any(): return
+  passed = sum(1 for a in dataset.ground_truth()["annotations"] if a["iscrowd"] or a.get("difficult"))
+  flagged = f"all {passed:,} boxes are crowd regions (iscrowd 1) or difficult objects; set those flags to 0 where an object is to be learnt"
+  raise UserError(f"{dataset.name}: nothing is left to learn: {flagged if passed else 'no picture has a box; label some, or correct --data'}")
 
 
 def _add(kinds: dict[str, tuple[int, list[str]]], what: str, rows: Sequence, name: Callable[[Any], str]) -> None:

@@ -8,9 +8,9 @@ from tinydet import models
 from tinydet.detectors import retinanet, yolo
 from tinydet.detectors.detector import Detector, Predicted, Preprocessing
 from tinydet.errors import UserError
-from tinydet.weights import weights
+from tinydet.weights import pretrained, weights, yolo_published
 
-__all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "build", "known_names", "open_detector", "recognise", "start"]
+__all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "best_start", "build", "known_names", "open_detector", "recognise", "start"]
 FAMILIES = [retinanet, yolo]
 
 
@@ -75,6 +75,31 @@ def start(detector: Detector, name: str, class_names: Sequence[str]) -> list[str
   known = about.get("class_names")
   if recognise(shapes) is not None: detector.assume(about)
   return notes + weights.fit(detector.network, tensors, path, list(class_names), list(known) if known else None)
+
+
+def best_start(architecture: str) -> tuple[str, str]:
+  """What `--weights auto` is for a network: the best weights that are published for it or its backbone and can be had, else what ships with the code,
+  else "none"; and why, in words for the user."""
+  failed = []
+  for name, why in _starts(architecture):
+    try: weights.find(name, architecture)
+    except UserError as e: failed.append(f"{name} ({e})")
+    else: return name, why + f"; not to be had: {'; '.join(failed)}" * bool(failed)
+  what = f"not to be had: {'; '.join(failed)}" if failed else f"nothing is published for {architecture}"
+  return "none", f"random ones, which need far more pictures and epochs; {what}"
+
+
+def _starts(architecture: str) -> list[tuple[str, str]]:
+  """Names that `--weights` takes and that fit a network, the best first, and what they are."""
+  if architecture in yolo_published.PUBLISHED: return [(architecture, "its authors', of COCO")]
+  shipped = {"retinanet_resnet10_quarter_fpn": "shapes", "yolov8t": "shapes-yolo"}
+  if architecture in shipped: return [(shipped[architecture], "which ship with the code and know simple shapes")]
+  backbone, found = architecture.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn"), []
+  for entry in sorted(pretrained.PUBLISHED, key=lambda e: e.score, reverse=True):
+    if entry.architecture == architecture: found.insert(0, (entry.name, f"a detector of this network, mAP {entry.score:g} on its own data"))
+  for entry in pretrained.PUBLISHED:
+    if entry.architecture == backbone and entry.name == "imagenet": found.append((entry.name, "a classifier for its backbone"))
+  return found
 
 
 def _labels(path: Path, wanted: Sequence[str], known: Sequence[str] | None, num_classes: int) -> list[int | None]:

@@ -3,19 +3,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import option, show_size, size
-from tinydet.datasets import open_dataset
+from tinydet.datasets import open_dataset, split
 from tinydet.datasets.augment import boxes_at_most, hsv, place
 from tinydet.datasets.buckets import one_bucket
 from tinydet.datasets.download import local_folder
 from tinydet.datasets.fit import Fit
 from tinydet.datasets.loader import Loader
-from tinydet.datasets.subset import Subset
+from tinydet.datasets.problems import refuse_empty
+from tinydet.datasets.subset import Subset, whole_of
 from tinydet.datasets.transforms import compose, horizontal_flip, photometric_jitter, scale_jitter
 from tinydet.detectors import Detector
 from tinydet.errors import UserError
@@ -29,6 +31,7 @@ from tinydet.runtime.precision import DTYPES
 from tinydet.scoring.background import Pending, score
 from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 from tinydet.scoring.evaluation import evaluate
+from tinydet.training import plan
 from tinydet.training.run import Run
 from tinydet.training.trainer import TrainerConfig, total_updates
 
@@ -40,8 +43,11 @@ EMBEDDED = "shapes"      # how the names of embedded data sets begin
 @dataclass
 class DetectionConfig(TrainerConfig):
   """What trainers of detectors add; a program adds its networks."""
-  data: str = option("shapes:2", "a folder in COCO or Pascal VOC layout, the embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are "
-                     "downloaded on first use", group="data")
+  data: str = option("shapes:2", "a folder of labelled pictures in any layout of docs/layouts.md (COCO, VOC, YOLO, ...), its annotation file, the "
+                     "embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are downloaded on first use", group="data")
+  images: str | None = option(None, "folder of the pictures, where they do not lie with --data", group="data")
+  val_share: float = option(split.VAL_SHARE, "share of the pictures to validate on, by a hash of their names, where the data does not say which",
+                            minimum=0.01, maximum=0.9, group="data")
   data_dir: str | None = option(None, "where the data sets that are downloaded lie, each in a folder of its name; by default the user's cache "
                                 "folder", group="data")
   size: tuple = option((320, 320), "pixels the network sees: 800, or width x height as 192x144; with --max-size, the shorter side", parse=size,
@@ -64,29 +70,39 @@ class DetectionConfig(TrainerConfig):
   train_images: int = option(0, "use only the first so many training pictures; 0 uses all; shapes are drawn on demand, any number", minimum=0,
                              group="data")
   overfit: bool = option(False, "evaluate on the training pictures, unchanged: a sound model learns a few by heart", group="data")
-  weights: str = option("none", "where to start: none, shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
+  weights: str = option("none", "where to start: none, auto (the best that is published for the network and can be had), "
+                        "shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
                         "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
+  budget: float = option(0.0, "time for the whole run, such as 30m or 2h: network, size and epochs are chosen to fill it where they are left free; "
+                         "0: as the settings say", parse=plan.seconds, show=plan.show_seconds, group="training")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
                                  maximum=5, group="model")
   score_in_background: bool = option(False, "go on training while another process scores an evaluation", group="run")
   pictures: int = option(8, "validation pictures drawn after each evaluation", minimum=0, group="run")
 
 
-def open_splits(config: DetectionConfig, ranks: Ranks) -> tuple[Any, Any]:
-  """The training and the validation data set; UserError with all that is wrong with either."""
+def open_splits(config: DetectionConfig, ranks: Ranks, kept: Path | None = None) -> tuple[Any, Any]:
+  """The training and the validation data set, divided as the run in the folder `kept` did, which rank 0 knows; UserError with all that is wrong with
+  either."""
   splits, wrong, embedded = [], [], config.data.partition(":")[0] == EMBEDDED
   with ranks.in_turn(): data = local_folder(config.data, config.data_dir)   # one downloads, the others find it there
-  for split, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
-    options = {"size": max(config.size), "count": count} if embedded else {"strict": config.strict}
-    try: splits.append(open_dataset(data, split, **options))
+  rule = ranks.broadcast(split.Rule(config.val_share) if kept is None else split.recall(kept, config.val_share))
+  for name, count in (("train", config.train_images or 4000), ("val", 256))[:1 if config.overfit else 2]:
+    options = {"size": max(config.size), "count": count} if embedded else {"strict": config.strict, "images": config.images, "rule": rule}
+    try: splits.append(open_dataset(data, name, **options))
     except UserError as e: wrong.append(str(e))
   if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))
   if config.train_images and not embedded: splits[0] = Subset(splits[0], config.train_images)
   train_set, val_set = splits[0], splits[-1]
-  wholes = [getattr(data, "dataset", data) for data in splits]   # of subsets
+  wholes = [whole_of(data) for data in splits]
   if None in (rules := [getattr(data, "upright", False) for data in wholes]):   # one rule for a data set, from whichever part proves it
     for data in wholes: data.upright = next((rule for rule in rules if rule is not None), None)
   if train_set.class_names != val_set.class_names: raise UserError(f"{config.data}: training and validation data name different classes")
+  if not embedded:
+    refuse_empty(train_set)
+    print(f"data: {config.data} is {splits[-1].layout}")
+    if len(splits) > 1 and not val_set.object_counts().any():
+      print(f"note: {val_set.name}: no picture of the split 'val' has an object: there will be no score, and no best weights")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
   return train_set, val_set
 
@@ -189,6 +205,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   run.at_end(train_loader.close)
   run.at_end(val_loader.close)
   run.check_data(train_set, len(train_loader))
+  plan.steady_start(config, run, len(train_loader))
   optimizer, buffers = run.prepare(detector.network, len(train_loader))
   updates = total_updates(config, len(train_loader))
   detector.progress = lambda: (optimizer.steps / updates).minimum(1).reshape(())
@@ -212,6 +229,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   about = detector.about() | {"class_names": train_set.class_names, "category_ids": train_set.category_ids, "size": list(config.size),
                               "max_size": config.max_size}
   run.open(detector.network, optimizer, about, headline + [f"note: {note}" for note in notes], len(train_loader))
+  if run.ranks.rank == 0: split.save(run.folder, train_set, config.val_share)
   for observer in observers:
     observer.open(run.folder, len(train_set.class_names), len(train_set), len(val_set), bool(run.resumed))
     run.at_end(observer.close)

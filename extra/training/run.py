@@ -74,7 +74,13 @@ class Run:
     self.tracker: Any = None
     self.checkpoints: Checkpoints | None = None
     self.about: dict[str, Any] = {}
+    self._epoch = 0   # that was evaluated last
     self._closing = contextlib.ExitStack()
+
+  @property
+  def goes_on_in(self) -> Path | None:
+    """The folder of a run that is resumed, on rank 0."""
+    return self.folder if self.resumed and self.ranks.rank == 0 else None
 
   # ---- what it starts from
 
@@ -126,7 +132,8 @@ class Run:
       resume=self.resumed, lock=self._lock, tags=config.tags, group=config.group, artifacts=config.artifacts)
     self.folder = self.tracker.folder
     best = f"best_{self.score}"
-    self.about = about | {"config": as_dict(config), "run_id": self.tracker.id, best: self.resumed[best] if self.resumed else -1.0}
+    self.about = about | {"config": as_dict(config), "run_id": self.tracker.id, best: self.resumed[best] if self.resumed else -1.0,
+                          "best_epoch": self.resumed.get("best_epoch", 0) if self.resumed else 0}
     self.checkpoints = Checkpoints(self.folder, network, optimizer, self.about, keep=config.keep, every_steps=config.save_steps,
                                    every_minutes=config.save_minutes, ranks=self.ranks)
     for line in headline: print(line)
@@ -156,17 +163,26 @@ class Run:
 
   @property
   def ends(self) -> bool:
-    """Whether the run is to end at its target, and is there."""
+    """Whether the run is to end at its target and is there, or has no more patience or time."""
+    waited = self._epoch - self.about.get("best_epoch", 0)
+    spent = time.monotonic() - self.started
+    if self.config.patience and waited >= self.config.patience:
+      print(f"no better {self.score} for {waited} epochs (--patience {self.config.patience}): the run ends")
+      return True
+    if (budget := getattr(self.config, "budget", 0)) and spent > budget:
+      print(f"the time of --budget is over ({duration(spent)}): the run ends")
+      return True
     return self.config.stop_at_target and self.reached
 
   def keep_if_best(self, value: float, epoch: int, step: int, weights: dict[str, np.ndarray] | None = None) -> None:
     """Keep `weights`, by default those of now, where the score `value` is the best so far. Weights that are not finite are never the best."""
+    self._epoch = epoch
     if not value > self.best: return
     weights = self.checkpoints.weights() if weights is None else weights
     if bad := [key for key, array in weights.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
       warn(f"epoch {epoch}: {bad[0]} is not finite: these weights are not kept as the best")
       return
-    self.about[f"best_{self.score}"] = value
+    self.about[f"best_{self.score}"], self.about["best_epoch"] = value, epoch
     self.checkpoints.keep_best({"epoch": epoch, "step": step, self.score: value}, self.config.save_half, weights)
     self.tracker.improved()
 

@@ -60,6 +60,7 @@ class TrainerConfig:
 
   eval_every: int = option(1, "epochs between evaluations", minimum=1, group="run")
   target: float | None = option(None, "score to reach, mAP or top-1, as 0.34; drawn beside the curve", minimum=0, maximum=1, group="run")
+  patience: int = option(0, "end the run after so many epochs without a better score; 0 does not", minimum=0, group="run")
   stop_at_target: bool = option(False, "end the run at the first evaluation that reaches --target", group="run")
   out: str = option("runs", "folder of all runs", group="run")
   run_name: str | None = option(None, "folder of this run inside it; by default the data's and the backbone's names", group="run")

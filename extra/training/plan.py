@@ -1,0 +1,129 @@
+"""What a run decides by itself where its user does not: starting weights, the first steps' length, and what fits a time."""
+import math, os, re, time
+from collections.abc import Mapping
+from typing import Any
+import numpy as np
+from tinygrad import Context, Device, Tensor
+from tinygrad.nn.state import get_state_dict
+from tinydet import detectors
+from tinydet.datasets.download import DATASETS
+from tinydet.detectors import Detector
+from tinydet.errors import UserError
+from tinydet.runtime.devices import to_devices
+from tinydet.runtime.graphs import jit
+from tinydet.runtime.precision import DTYPES
+from tinydet.training.run import Run
+
+STEADY = 100                # updates of warm-up at least, where the run has ten times as many
+SIDES = (640, 512, 416, 320, 256, 192, 128)   # pixels of the longer side that are weighed up, multiples of 32
+LARGER = 1.25               # times the median picture's longer side: pixels beyond show nothing
+MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a larger picture is worth it while so many are left
+SPARE = 0.85                # of the time: the rest is for pictures, checkpoints and the report
+COMPILING = 2               # times what compiling the measured passes takes: the update and the evaluation compile too
+EVALUATION = 0.5            # of a training step's time, for a picture that is only looked at
+UNITS = {"": 60, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def seconds(text: str) -> float:
+  """Parse "30m", "90s", "2h" or "30" (minutes) into seconds; ValueError otherwise. For `option(parse=seconds, show=show_seconds)`."""
+  match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*(s|m|min|h|)", text.strip().lower())
+  if match is None: raise ValueError("expected a time such as 30m, 2h or 90s")
+  return float(match[1]) * UNITS[match[2]]
+
+
+def show_seconds(value: float) -> str:
+  """Write seconds the way `seconds` reads them."""
+  return f"{value / 60:g}m" if value % 1 == 0 and value % 60 == 0 else f"{value:g}s"
+
+
+def is_free(config: Any, name: str) -> bool:
+  """Whether the user left a setting to the program."""
+  source = config.sources.get(name, "default")
+  return source == "default" or source.startswith("preset ")
+
+
+def take(config: Any, settings: Mapping[str, Any]) -> None:
+  """Set what the user has left free."""
+  for name, value in settings.items():
+    if is_free(config, name):
+      setattr(config, name, value)
+      config.sources[name] = "--budget"
+
+
+def choose_network(config: Any, run: Run, networks: Mapping[str, Mapping[str, Any]]) -> None:
+  """With `--budget`, take the settings that a program has for this kind of device: "processor" or "gpu"."""
+  if config.budget and not run.resumed: take(config, networks["processor" if Device.DEFAULT.partition(":")[0] in ("CPU", "LLVM") else "gpu"])
+
+
+def choose_weights(config: Any, run: Run, architecture: str) -> None:
+  """Settle `--weights auto` for a network's builder name, and print what it came to and why."""
+  if config.weights != "auto" or run.resumed: return
+  if not (os.path.exists(config.data) or config.data in DATASETS or config.data.startswith("shapes")): return   # `open_splits` says so
+  found = run.ranks.broadcast(detectors.best_start(architecture) if run.ranks.rank == 0 else None)
+  config.weights, why = found
+  print(f"weights: {config.weights}, {why}")
+
+
+def steady_start(config: Any, run: Run, steps_per_epoch: int) -> None:
+  """Lengthen a warm-up that the user left free to `STEADY` updates, or a tenth of the run: the first hundred are where it blows up."""
+  updates = steps_per_epoch / config.accumulate
+  if run.resumed or not updates or not is_free(config, "warmup") or config.preset != "folder": return
+  config.warmup = max(config.warmup, round(min(STEADY / updates, config.epochs / 10), 3))
+
+
+def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any]) -> None:
+  """With `--budget`, settle size and epochs by the time of a step, which is measured, and print the plan. UserError where the time is too short."""
+  if not config.budget or run.resumed: return
+  train_set, val_set = data
+  sizes = _sizes(np.asarray(train_set.sizes)) if is_free(config, "size") else [config.size]
+  probe = min(sizes, key=lambda size: abs(max(size) - 256))
+  step, compiling = run.ranks.broadcast(step_seconds(config, run, detector, probe) if run.ranks.rank == 0 else None)
+  per_pixel = step / config.bs / math.prod(probe) * run.ranks.size
+  spent = time.monotonic() - run.started
+  left = max(config.budget - spent - COMPILING * compiling, (config.budget - spent) / 3) * SPARE   # a busy machine compiles slowly just now
+  def epoch_seconds(size: tuple[int, int]) -> float:
+    return per_pixel * math.prod(size) / run.ranks.size * (len(train_set) + EVALUATION * len(val_set) / config.eval_every)
+  def epochs(size: tuple[int, int]) -> int: return int(left / epoch_seconds(size))
+  size = next((size for size in sizes if epochs(size) >= ENOUGH), sizes[-1])
+  if epochs(size) < 1:
+    raise UserError(f"--budget {show_seconds(config.budget)}: an epoch of {len(train_set):,} pictures at {size[0]}x{size[1]} takes "
+                    f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
+  take(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))})
+  take(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)})
+  print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
+        f"{epoch_seconds(size):.0f} s, evaluated every {config.eval_every}; {step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; "
+        f"done in some {config.epochs * epoch_seconds(size) / 60 + (time.monotonic() - run.started) / 60:.0f} minutes")
+
+
+def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int]) -> tuple[float, float]:
+  """Seconds of forward and backward pass of a batch at `size` (width, height), at best of three, and of compiling them. No weight changes."""
+  width, height = detector.fit(size).canvas()[::-1]
+  for constant in detector.constants((height, width)): constant.realize()
+  params = [t for t in get_state_dict(detector.network).values() if t.is_param]
+  boxes = np.tile(np.array([0.2 * width, 0.2 * height, 0.6 * width, 0.6 * height], np.float32), (config.bs, 4, 1))
+  batch = (np.zeros((config.bs, height, width, 3), np.uint8), boxes, np.zeros((config.bs, 4), np.int32))
+
+  @jit
+  def step(images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    with Context(TRAINING=0):   # running statistics stay
+      loss = detector.losses(detector(images, DTYPES[config.dtype]), boxes, labels, images.shape[1:3])["loss"]
+      gradients = loss.gradient(*params)
+      Tensor.realize(loss, *gradients)
+      return loss
+
+  times = []
+  for _ in range(5):
+    tensors = [to_devices(array, run.gpus) for array in batch]
+    begun = time.monotonic()
+    step(*tensors).item()
+    times.append(time.monotonic() - begun)
+  return min(times[2:]), sum(times[:2])
+
+
+def _sizes(pictures: np.ndarray) -> list[tuple[int, int]]:
+  """(width, height) to weigh up for pictures [N,2] (height, width), largest first: the median's shape, sides in multiples of 32."""
+  height, width = np.median(pictures, axis=0)
+  longer = max(height, width)
+  sides = [side for side in SIDES if side <= LARGER * longer] or [SIDES[-1]]
+  def rounded(x: float) -> int: return max(32, round(x / 32) * 32)
+  return list(dict.fromkeys((rounded(side * width / longer), rounded(side * height / longer)) for side in sides))
