@@ -1,7 +1,7 @@
 """Train RetinaNet in tinygrad.
 
 With no arguments it fine-tunes the small detector that ships with the code to shapes it has never seen: a few minutes on a laptop's processor.
-With `--data FOLDER` it trains on yours: COCO (annotations/instances_*.json) or Pascal VOC (Annotations/, JPEGImages/), whichever is there.
+With `--data FOLDER` it trains on yours: COCO, Pascal VOC, YOLO or what an annotation program wrote, whichever is there (docs/layouts.md).
 tinygrad's own variables work as ever: DEV=CUDA, BEAM=2, DEBUG=2."""
 from dataclasses import dataclass
 from tinydet import detectors
