@@ -74,6 +74,7 @@ def start(detector: Detector, name: str, class_names: Sequence[str]) -> list[str
   shapes = {k: t.shape for k, t in tensors.items()}
   known = about.get("class_names")
   if recognise(shapes) is not None: detector.assume(about)
+  else: detector.assume_input(about)
   return notes + weights.fit(detector.network, tensors, path, list(class_names), list(known) if known else None)
 
 

@@ -10,9 +10,9 @@ POOLED = (2, 5, 12)   # the layers that halve the picture
 
 
 class AlexNet(Classifier):
-  """Five convolutions at strides 4, 8, 16, 16, 16. As a backbone C3 are the features of the second, C4 those of the last, and C5 their maxima over 3x3,
-  which is what the classifier sees of the picture."""
-  last, out_channels = ("classifier.6",), (192, 256, 256)
+  """Five convolutions at strides 4, 8, 16, 16, 16. As a backbone C3 are the features of the second, C4 those of the last, and C5 their maxima over
+  3x3, which is what the classifier sees of the picture."""
+  last, out_channels, smallest = ("classifier.6",), (192, 256, 256), 63
   stages = tuple((f"features.{i}.",) for i in (0, 3, 6, 8, 10))
 
   def __init__(self, num_classes: int | None, norm: str):

@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from tinygrad import Tensor
+from tinydet.errors import UserError
 from tinydet.nn import init
 from tinydet.nn.layers import NORMS, Conv2d, Linear, relu
 
@@ -16,6 +17,7 @@ class Classifier:
   stages: Sequence[tuple[str, ...]]                 # five, from the picture up: how the names of their tensors begin
   top: ClassVar[tuple[str, ...]] = ("classifier.",) # how the names of tensors begin that only tell classes apart
   last: ClassVar[tuple[str, ...]] = ()              # the layers with a row for each class
+  smallest: ClassVar[int] = 32                      # pixels a side, of which something is left for the classes
 
   def __call__(self, x: Tensor) -> Tensor: raise NotImplementedError
 
@@ -27,6 +29,11 @@ class Classifier:
   def all_logits(self, x: Tensor) -> list[tuple[float, Tensor]]:
     """Logits to learn from, and the weight of each in the loss: the network's own, and those of auxiliary classifiers."""
     return [(1.0, self(x))]
+
+  def sized(self, size: int) -> list[str]:
+    """Leave out, for good, what cannot learn from pictures of `size` x `size`; notes for the user. UserError where nothing can."""
+    if size < self.smallest: raise UserError(f"--size {size}: of so small a picture this network leaves nothing; give {self.smallest} or more")
+    return []
 
   def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
     """torchvision's initialisation of the tensor `key`."""

@@ -3,15 +3,15 @@ import functools
 from collections.abc import Mapping
 from types import ModuleType
 from tinygrad.nn.state import get_state_dict
-from tinydet.models import (alexnet, convnext, densenet, efficientnet, googlenet, inception, mnasnet, mobilenet, regnet, resnet, shufflenet, squeezenet,
-                            vgg)
+from tinydet.models import (alexnet, convnext, densenet, efficientnet, googlenet, inception, mnasnet, mobilenet, regnet, resnet, shufflenet,
+                            squeezenet, vgg)
 from tinydet.models.classifier import Classifier
 from tinydet.nn import init
 
 # Each has NETWORKS, what makes a network of a number of classes and a kind of norm, and MARK, tensors one of which is in all of its networks and in
 # those of no other family (with their shapes, where the names alone do not tell).
-FAMILIES: tuple[ModuleType, ...] = (resnet, alexnet, vgg, squeezenet, densenet, inception, googlenet, mobilenet, mnasnet, shufflenet, efficientnet, regnet,
-                                    convnext)
+FAMILIES: tuple[ModuleType, ...] = (resnet, alexnet, vgg, squeezenet, densenet, inception, googlenet, mobilenet, mnasnet, shufflenet, efficientnet,
+                                    regnet, convnext)
 NETWORKS = {name: make for family in FAMILIES for name, make in family.NETWORKS.items()}
 NAMES = tuple(NETWORKS)
 AUXILIARIES = ("AuxLogits.", "aux1.", "aux2.")   # how the names begin of what learns beside the classes and may be missing from a file

@@ -16,8 +16,8 @@ class CNBlock:
   """7x7 in each channel, layer norm, four times the channels and back, scaled and added to the input. torch turns pictures round for the norm and the
   linear layers, at 1 and 6, which here see channels where they are."""
   def __init__(self, channels: int, dropped: float):
-    self.block = Block([Conv2d(channels, channels, 7, padding=3, groups=channels), Tensor.contiguous, LayerNorm(channels), Pointwise(channels, 4 * channels),
-                        gelu, Pointwise(4 * channels, channels)])
+    self.block = Block([Conv2d(channels, channels, 7, padding=3, groups=channels), Tensor.contiguous, LayerNorm(channels),
+                        Pointwise(channels, 4 * channels), gelu, Pointwise(4 * channels, channels)])
     self.layer_scale, self.dropped = Tensor.empty(channels, 1, 1), dropped
 
   def __call__(self, x: Tensor) -> Tensor: return (x + stochastic_depth(self.block(x) * self.layer_scale.cast(x.dtype), self.dropped)).contiguous()
@@ -35,7 +35,8 @@ class ConvNeXt(Classifier):
       self.features.append(Block([CNBlock(width << i, dropped * (done + j) / (sum(depths) - 1)) for j in range(depth)]))
       done += depth
     self.out_channels = tuple(width << i for i in (1, 2, 3))
-    if num_classes is not None: self.classifier = Block([LayerNorm(width << 3), partial(Tensor.flatten, start_dim=1), Linear(width << 3, num_classes)])
+    if num_classes is None: return
+    self.classifier = Block([LayerNorm(width << 3), partial(Tensor.flatten, start_dim=1), Linear(width << 3, num_classes)])
 
   def _stages(self, x: Tensor, cover: bool) -> list[Tensor]:
     maps = []
@@ -55,6 +56,6 @@ class ConvNeXt(Classifier):
 
 
 NETWORKS = {f"convnext_{size}": partial(ConvNeXt, width=width, depths=depths, dropped=dropped)
-            for size, width, depths, dropped in (("tiny", 96, (3, 3, 9, 3), 0.1), ("small", 96, (3, 3, 27, 3), 0.4), ("base", 128, (3, 3, 27, 3), 0.5),
-                                                 ("large", 192, (3, 3, 27, 3), 0.5))}
+            for size, width, depths, dropped in (("tiny", 96, (3, 3, 9, 3), 0.1), ("small", 96, (3, 3, 27, 3), 0.4),
+                                                 ("base", 128, (3, 3, 27, 3), 0.5), ("large", 192, (3, 3, 27, 3), 0.5))}
 MARK = {"features.1.0.layer_scale": None}

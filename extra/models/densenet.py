@@ -30,8 +30,8 @@ class Transition:
 
 
 class DenseNet(Classifier):
-  """Four blocks, each layer of which sees what all before it in its block gave. As a backbone C3 and C4 are what the transitions make of the blocks at
-  strides 8 and 16, before their pools."""
+  """Four blocks, each layer of which sees what all before it in its block gave. As a backbone C3 and C4 are what the transitions make of the blocks
+  at strides 8 and 16, before their pools."""
   last = ("classifier",)
 
   def __init__(self, num_classes: int | None, norm: str, growth: int, depths: tuple[int, ...], width: int):

@@ -23,7 +23,8 @@ class InceptionModule:
   """1x1, two 3x3 behind 1x1, and a pool before 1x1, side by side."""
   def __init__(self, channels: int, c1: int, c3: tuple[int, int], c5: tuple[int, int], pooled: int, norm: MakeNorm):
     self.branch1 = NormedConv(channels, c1, 1, norm)
-    self.branch2, self.branch3 = (Block([NormedConv(channels, inner, 1, norm), NormedConv(inner, outer, 3, norm, padding=1)]) for inner, outer in (c3, c5))
+    self.branch2, self.branch3 = (Block([NormedConv(channels, inner, 1, norm), NormedConv(inner, outer, 3, norm, padding=1)])
+                                  for inner, outer in (c3, c5))
     self.branch4 = Block([pool3, NormedConv(channels, pooled, 1, norm)])
 
   def __call__(self, x: Tensor) -> Tensor: return self.branch1(x).cat(self.branch2(x), self.branch3(x), self.branch4(x), dim=1).contiguous()

@@ -1,6 +1,5 @@
 """Inception v3 (Szegedy et al. 2015), with torchvision's `state_dict` keys."""
 import math
-from functools import partial
 from tinygrad import Tensor
 from tinydet.models.classifier import Classifier, MakeNorm, NormedConv, norm_of
 from tinydet.nn import init
@@ -9,6 +8,7 @@ from tinydet.nn.pool import max_pool, max_pool_covering, mean_pool_same
 
 AUXILIARY = 0.4   # the auxiliary classifier's weight in the loss
 EPS = 1e-3
+WHOLE = 299       # pixels a side, of fewer the auxiliary classifier has nothing to learn from
 
 
 def joined(*parts: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class InceptionE:
 
 
 class Auxiliary:
-  """A classifier on the features at stride 16, whose sides must be 17 to 19 pixels or more: what is left of fewer after its pool does not fill a 5x5."""
+  """A classifier on the features at stride 16, whose sides must be 17 pixels or more: what its pool leaves of fewer does not fill a 5x5."""
   def __init__(self, channels: int, num_classes: int, norm: MakeNorm):
     self.conv0, self.conv1, self.fc = NormedConv(channels, 128, 1, norm), NormedConv(128, 768, 5, norm), Linear(768, num_classes)
 
@@ -105,7 +105,7 @@ class Inception(Classifier):
   """Its windows go over the picture without padding: at 299x299 the last features are 8x8. As a backbone they are padded. `auxiliary` is the second
   classifier, which learns beside the first and is not asked otherwise."""
   top, last = ("fc.", "AuxLogits."), ("fc", "AuxLogits.fc")
-  out_channels = (288, 768, 2048)
+  out_channels, smallest = (288, 768, 2048), 75
   stages = (("Conv2d_1a_3x3.", "Conv2d_2a_3x3.", "Conv2d_2b_3x3."), ("Conv2d_3b_1x1.", "Conv2d_4a_3x3."), ("Mixed_5",), ("Mixed_6",), ("Mixed_7",))
 
   def __init__(self, num_classes: int | None, norm: str, auxiliary: bool = True):
@@ -138,12 +138,16 @@ class Inception(Classifier):
     _, c4, c5 = self._maps(x, cover=False)
     return [(1.0, self._logits(c5)), *([(AUXILIARY, self.AuxLogits(c4))] if hasattr(self, "AuxLogits") else [])]
 
+  def sized(self, size: int) -> list[str]:
+    notes = super().sized(size)
+    if size >= WHOLE or not hasattr(self, "AuxLogits"): return notes
+    del self.AuxLogits
+    return [*notes, f"--size {size}: the auxiliary classifier needs {WHOLE} pixels and is left out"]
+
   def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
     if len(shape) < 2: return init.normalization(key) if "fc." not in key else init.uniform(1 / math.sqrt(768 if "Aux" in key else 2048))
     return init.truncated_normal({"AuxLogits.conv1.conv.weight": 0.01, "AuxLogits.fc.weight": 0.001}.get(key, 0.1))
 
 
 NETWORKS = {"inception_v3": Inception}
-AUXILIARIES = ("AuxLogits.",)
-SMALLEST = 267   # pixels a side with which the auxiliary classifier can learn
 MARK = {"Conv2d_1a_3x3.conv.weight": None}

@@ -11,7 +11,8 @@ class InvertedResidualV2:
   def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: MakeNorm):
     hidden, self.add = in_channels * expansion, stride == 1 and in_channels == out_channels
     first = [] if expansion == 1 else [ConvNorm(in_channels, hidden, 1, norm, relu6)]
-    self.conv = Block([*first, ConvNorm(hidden, hidden, 3, norm, relu6, stride, hidden), Conv2d(hidden, out_channels, 1, bias=False), norm(out_channels)])
+    self.conv = Block([*first, ConvNorm(hidden, hidden, 3, norm, relu6, stride, hidden), Conv2d(hidden, out_channels, 1, bias=False),
+                       norm(out_channels)])
 
   def __call__(self, x: Tensor) -> Tensor: return (x + self.conv(x) if self.add else self.conv(x)).contiguous()
 
@@ -52,7 +53,8 @@ class MobileNet(Classifier):
 class MobileNetV2(MobileNet):
   """Seventeen inverted residuals."""
   last = ("classifier.1",)
-  SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))   # expansion, width, blocks, stride
+  # expansion, channels, blocks, stride
+  SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
   def __init__(self, num_classes: int | None, norm: str):
     make, strides, channels = norm_of(norm), [2], [32]
@@ -68,12 +70,12 @@ class MobileNetV2(MobileNet):
 
 
 # kernel, channels in between, channels out, squeeze and excitation, activation, stride
-LARGE = ((3, 16, 16, False, "RE", 1), (3, 64, 24, False, "RE", 2), (3, 72, 24, False, "RE", 1), (5, 72, 40, True, "RE", 2), (5, 120, 40, True, "RE", 1),
-         (5, 120, 40, True, "RE", 1), (3, 240, 80, False, "HS", 2), (3, 200, 80, False, "HS", 1), (3, 184, 80, False, "HS", 1),
-         (3, 184, 80, False, "HS", 1), (3, 480, 112, True, "HS", 1), (3, 672, 112, True, "HS", 1), (5, 672, 160, True, "HS", 2),
+LARGE = ((3, 16, 16, False, "RE", 1), (3, 64, 24, False, "RE", 2), (3, 72, 24, False, "RE", 1), (5, 72, 40, True, "RE", 2),
+         (5, 120, 40, True, "RE", 1), (5, 120, 40, True, "RE", 1), (3, 240, 80, False, "HS", 2), (3, 200, 80, False, "HS", 1),
+         (3, 184, 80, False, "HS", 1), (3, 184, 80, False, "HS", 1), (3, 480, 112, True, "HS", 1), (3, 672, 112, True, "HS", 1), (5, 672, 160, True, "HS", 2),
          (5, 960, 160, True, "HS", 1), (5, 960, 160, True, "HS", 1))
-SMALL = ((3, 16, 16, True, "RE", 2), (3, 72, 24, False, "RE", 2), (3, 88, 24, False, "RE", 1), (5, 96, 40, True, "HS", 2), (5, 240, 40, True, "HS", 1),
-         (5, 240, 40, True, "HS", 1), (5, 120, 48, True, "HS", 1), (5, 144, 48, True, "HS", 1), (5, 288, 96, True, "HS", 2),
+SMALL = ((3, 16, 16, True, "RE", 2), (3, 72, 24, False, "RE", 2), (3, 88, 24, False, "RE", 1), (5, 96, 40, True, "HS", 2),
+         (5, 240, 40, True, "HS", 1), (5, 240, 40, True, "HS", 1), (5, 120, 48, True, "HS", 1), (5, 144, 48, True, "HS", 1), (5, 288, 96, True, "HS", 2),
          (5, 576, 96, True, "HS", 1), (5, 576, 96, True, "HS", 1))
 
 

@@ -33,7 +33,8 @@ class ResBottleneck:
   """1x1, 3x3 in groups, 1x1 of one width, for Y with squeeze and excitation before the last, and a shortcut."""
   def __init__(self, in_channels: int, out_channels: int, stride: int, group: int, se: bool, norm: MakeNorm):
     self.proj = ConvNorm(in_channels, out_channels, 1, norm, None, stride) if in_channels != out_channels or stride > 1 else None
-    self.f = {"a": ConvNorm(in_channels, out_channels, 1, norm), "b": ConvNorm(out_channels, out_channels, 3, norm, relu, stride, out_channels // group)}
+    self.f = {"a": ConvNorm(in_channels, out_channels, 1, norm),
+              "b": ConvNorm(out_channels, out_channels, 3, norm, relu, stride, out_channels // group)}
     if se: self.f["se"] = SqueezeExcitation(out_channels, round(0.25 * in_channels), relu, Tensor.sigmoid)
     self.f["c"] = ConvNorm(out_channels, out_channels, 1, norm, None)
 

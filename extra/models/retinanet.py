@@ -9,6 +9,7 @@ from tinydet.nn import canvas, init
 from tinydet.nn.layers import NORMS, Conv2d
 
 LIGHT, TINY = 8_000_000, 500_000   # parameters of a backbone
+SCRATCH = 64   # channels of a pyramid so narrow that it is meant to be trained from random weights
 PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
 
 
@@ -56,6 +57,11 @@ class RetinaNet:
   body = "backbone.body."   # how the names of the classifier's tensors begin here
 
   @property
+  def top(self) -> tuple[str, ...]:
+    """How the names of the classifier's tensors begin that have no place here."""
+    return self.backbone.body.top
+
+  @property
   def class_rows(self) -> dict[str, tuple[int, int]]:
     """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
     return {f"head.classification_head.cls_logits.{part}": (self.num_anchors, 0) for part in ("weight", "bias")}
@@ -83,11 +89,15 @@ def current_key(key: str) -> str:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   """The name for `build` of the detector whose tensors have these names and shapes (`current_key` names); None if it is none of this project."""
-  body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
-  backbone, p6 = classifiers.recognise(body), shapes.get("backbone.fpn.extra_blocks.p6.weight")
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
-  if backbone is None or p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
-  return f"retinanet_{backbone}_fpn" + "_v2" * (p6[0] != p6[1])
+  p6 = shapes.get("backbone.fpn.extra_blocks.p6.weight")
+  if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
+  body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
+  if (backbone := classifiers.recognise(body)) is None: return None
+  # v2 takes P6 from C5; where that is as wide as the pyramid, the heads tell
+  v2 = p6[0] != p6[1] or (p6[1] == classifiers.made(backbone, None).out_channels[-1] and p6[1] >= SCRATCH and
+                          "head.classification_head.conv.0.1.weight" in shapes)
+  return f"retinanet_{backbone}_fpn" + "_v2" * v2
 
 
 def init_rule(model: RetinaNet, key: str, shape: tuple[int, ...]) -> init.Draw:
@@ -110,14 +120,14 @@ def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0, c
   """`retinanet_<backbone>_fpn` or `retinanet_<backbone>_fpn_v2`, <backbone> being one of `classifiers.NAMES`, initialised from `seed`.
 
   v2 takes P6 from C5, has group norm in its heads and batch norm in its backbone, where v1 has it frozen; `norm` (a key of `NORMS`) overrides the
-  backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it; those of less than 64 have group norm in the heads, being
-  meant to train from scratch. Raises ValueError for another name."""
+  backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it; narrow ones (`SCRATCH`) have group norm in
+  the heads. Raises ValueError for another name."""
   backbone = name.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
   if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in classifiers.NAMES:
     raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(classifiers.NAMES)}")
   v2 = name.endswith("_v2")
   body = classifiers.made(backbone, None, norm or ("batch" if v2 else "frozen"))
   channels = channels or usual_channels(body)
-  model = RetinaNet(body, num_classes, channels=channels, p6_from="c5" if v2 else "p5", head_norm="group" if v2 or channels < 64 else None)
+  model = RetinaNet(body, num_classes, channels=channels, p6_from="c5" if v2 else "p5", head_norm="group" if v2 or channels < SCRATCH else None)
   init.initialize(model, lambda key, shape: init_rule(model, key, shape), seed)
   return model

@@ -12,8 +12,8 @@ WIDTHS = {"x0_5": (24, 48, 96, 192, 1024), "x1_0": (24, 116, 232, 464, 1024), "x
 
 
 class ShuffleUnit:
-  """Half the channels as they are (`stride` 2: all of them through a branch of their own), half through 1x1, 3x3 in each channel, 1x1; then the two are
-  woven into each other."""
+  """Half the channels as they are (`stride` 2: all of them through a branch of their own), half through 1x1, 3x3 in each channel, 1x1; then the two
+  are woven into each other."""
   def __init__(self, in_channels: int, out_channels: int, stride: int, norm: MakeNorm):
     half = out_channels // 2
     def depthwise(channels: int) -> list: return [Conv2d(channels, channels, 3, stride, 1, channels, bias=False), norm(channels)]
@@ -35,7 +35,8 @@ class ShuffleNet(Classifier):
     make, (first, *middle, last) = norm_of(norm), widths
     self.conv1 = Block([Conv2d(3, first, 3, 2, 1, bias=False), make(first), relu])
     for i, (in_channels, out_channels, depth) in enumerate(zip(widths, middle, DEPTHS)):
-      setattr(self, f"stage{i + 2}", Block([ShuffleUnit(out_channels if j else in_channels, out_channels, 1 if j else 2, make) for j in range(depth)]))
+      units = [ShuffleUnit(out_channels if j else in_channels, out_channels, 1 if j else 2, make) for j in range(depth)]
+      setattr(self, f"stage{i + 2}", Block(units))
     self.conv5 = Block([Conv2d(middle[-1], last, 1, bias=False), make(last), relu])
     self.out_channels = (middle[0], middle[1], last)
     if num_classes is not None: self.fc = Linear(last, num_classes)

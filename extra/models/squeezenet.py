@@ -20,8 +20,8 @@ class Fire:
 
 
 class SqueezeNet(Classifier):
-  """`layers`: of the first convolution (channels, kernel), of a fire module its three widths, None for a pool. The stride ends at 16: as a backbone C3
-  and C4 are the last fire modules at 8 and 16, C5 the maxima of C4 over 3x3, every second."""
+  """`layers`: of the first convolution (channels, kernel), of a fire module its three widths, None for a pool. The stride ends at 16: as a backbone
+  C3 and C4 are the last fire modules at 8 and 16, C5 the maxima of C4 over 3x3, every second."""
   last = ("classifier.1",)
 
   def __init__(self, num_classes: int | None, norm: str, layers: tuple, stages: tuple[tuple[int, ...], ...]):

@@ -11,8 +11,8 @@ DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3,
 
 
 class VGG(Classifier):
-  """Five blocks of 3x3 convolutions at strides 1 to 16, the largest of 2x2 pixels after each. As a backbone C3 and C4 are the last two blocks, C5 what
-  is left of the last one after its maxima."""
+  """Five blocks of 3x3 convolutions at strides 1 to 16, the largest of 2x2 pixels after each. As a backbone C3 and C4 are the last two blocks, C5
+  what is left of the last one after its maxima."""
   last, out_channels = ("classifier.6",), (512, 512, 512)
 
   def __init__(self, num_classes: int | None, norm: str, depths: tuple[int, ...], normed: bool):

@@ -24,7 +24,8 @@ class Conv2d:
     return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, padding, self.groups, self.dtype, silu)
 
   def covering(self, x: Tensor) -> Tensor:
-    """As the call, but [B,Cout,ceil(H/stride),ceil(W/stride)]: zeros around make up for padding that the layer lacks, for a stride that divides no side."""
+    """As the call, but [B,Cout,ceil(H/stride),ceil(W/stride)]: zeros around make up for padding that the layer lacks, and for a stride that divides
+    no side."""
     around = []
     for side, kernel, padding in zip(x.shape[2:], self.weight.shape[2:], (self.padding,) * 2 if isinstance(self.padding, int) else self.padding):
       before = padding or (kernel - 1) // 2 if kernel > self.stride else 0

@@ -125,7 +125,8 @@ def mean_pool_same(x: Tensor) -> Tensor:
 
 
 def mean_pool_to(x: Tensor, size: int) -> Tensor:
-  """[B,C,H,W] -> [B,C,size,size]: means of windows that begin at floor(i H / size) and end before ceil((i + 1) H / size) (torch `AdaptiveAvgPool2d`)."""
+  """[B,C,H,W] -> [B,C,size,size]: means of windows that begin at floor(i H / size) and end before ceil((i + 1) H / size) (torch
+  `AdaptiveAvgPool2d`)."""
   for axis in (2, 3):
     side = x.shape[axis]
     if side == size: continue
