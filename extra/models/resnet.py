@@ -1,7 +1,6 @@
 """ResNet and its kin (He et al. 2015; v1.5: the 3x3 of a bottleneck has the stride), with torchvision's `state_dict` keys."""
 import math
 from functools import partial
-from collections.abc import Mapping
 from tinygrad import Tensor
 from tinydet.models.classifier import Classifier
 from tinydet.nn import init
@@ -83,17 +82,6 @@ BACKBONES: dict[str, tuple[type, tuple[int, int, int, int], dict[str, int]]] = {
   "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), {"groups": 32, "base_width": 8}),
   # A quarter of ResNet-18's width and half its depth, small enough to ship with the code and to train on a laptop's processor.
   "resnet10_quarter": (BasicBlock, (1, 1, 1, 1), {"width": 16})}
-
-
-def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """The key of `BACKBONES` whose tensors have these names and shapes, judged by depth, kind of block and widths; None if there is none."""
-  for name, (block, layers, options) in BACKBONES.items():
-    width, groups, base_width = (options.get(key, usual) for key, usual in (("width", 64), ("groups", 1), ("base_width", 64)))
-    inner = width * base_width // 64 * groups if block is Bottleneck else width
-    depths = tuple(len({k.split(".")[1] for k in shapes if k.startswith(f"layer{i}.")}) for i in range(1, 5))
-    if depths == layers and shapes.get("conv1.weight") == (width, 3, 7, 7) and ("layer1.0.conv3.weight" in shapes) == (block is Bottleneck) and \
-       shapes.get("layer1.0.conv2.weight") == (inner, inner // groups, 3, 3): return name
-  return None
 
 
 def _made(num_classes: int | None, norm: str, name: str) -> ResNet:

@@ -9,7 +9,7 @@ from tinydet.nn import canvas, init
 from tinydet.nn.layers import NORMS, Conv2d
 
 LIGHT, TINY = 8_000_000, 500_000   # parameters of a backbone
-SCRATCH = 64   # channels of a pyramid so narrow that it is meant to be trained from random weights
+WIDTH = 256   # channels of torchvision's pyramids
 PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
 
 
@@ -95,7 +95,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
   if (backbone := classifiers.recognise(body)) is None: return None
   # v2 takes P6 from C5; where that is as wide as the pyramid, the heads tell
-  v2 = p6[0] != p6[1] or (p6[1] == classifiers.made(backbone, None).out_channels[-1] and p6[1] >= SCRATCH and
+  v2 = p6[0] != p6[1] or (p6[1] == classifiers.made(backbone, None).out_channels[-1] and p6[1] >= WIDTH and
                           "head.classification_head.conv.0.1.weight" in shapes)
   return f"retinanet_{backbone}_fpn" + "_v2" * v2
 
@@ -113,21 +113,22 @@ def usual_channels(body: Classifier) -> int:
   """How wide pyramid and heads are for a backbone: torchvision's 256, half of that beside less than `LIGHT` parameters, an eighth beside less than
   `TINY`."""
   parameters = sum(t.numel() for t in get_state_dict(body).values() if t.is_param)
-  return 256 if parameters >= LIGHT else 128 if parameters >= TINY else 32
+  return WIDTH if parameters >= LIGHT else 128 if parameters >= TINY else 32
 
 
 def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0, channels: int | None = None) -> RetinaNet:
   """`retinanet_<backbone>_fpn` or `retinanet_<backbone>_fpn_v2`, <backbone> being one of `classifiers.NAMES`, initialised from `seed`.
 
   v2 takes P6 from C5, has group norm in its heads and batch norm in its backbone, where v1 has it frozen; `norm` (a key of `NORMS`) overrides the
-  backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it; narrow ones (`SCRATCH`) have group norm in
-  the heads. Raises ValueError for another name."""
+  backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it. Narrower ones than torchvision's have group norm
+  in the heads: four convolutions of so few channels, drawn as torchvision draws them, let little of the picture through. Raises ValueError for another
+  name."""
   backbone = name.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
   if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in classifiers.NAMES:
     raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(classifiers.NAMES)}")
   v2 = name.endswith("_v2")
   body = classifiers.made(backbone, None, norm or ("batch" if v2 else "frozen"))
   channels = channels or usual_channels(body)
-  model = RetinaNet(body, num_classes, channels=channels, p6_from="c5" if v2 else "p5", head_norm="group" if v2 or channels < SCRATCH else None)
+  model = RetinaNet(body, num_classes, channels=channels, p6_from="c5" if v2 else "p5", head_norm="group" if v2 or channels < WIDTH else None)
   init.initialize(model, lambda key, shape: init_rule(model, key, shape), seed)
   return model
