@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from tinydet import models
-from tinydet.detectors import retinanet, yolo
+from tinydet.detectors import fcos, retinanet, yolo
 from tinydet.detectors.detector import Detector, Predicted, Preprocessing
 from tinydet.errors import UserError
 from tinydet.weights import weights
 
 __all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "build", "known_names", "open_detector", "recognise", "start"]
-FAMILIES = [retinanet, yolo]
+FAMILIES = [retinanet, fcos, yolo]
 
 
 def known_names() -> list[str]:
@@ -34,15 +34,16 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str
 
 
 def published_name(weights_name: str, variant: str = "v1") -> str:
-  """The detector that a published name of weights stands for; `variant` is which of torchvision's two "coco" is."""
+  """The detector that a published name of weights stands for; `variant` is which of torchvision's "coco" is: RetinaNet v1 or v2, or fcos."""
   if weights_name in known_names(): return weights_name
+  if variant == "fcos": return "fcos_resnet50_fpn"
   return f"retinanet_{'resnext50_32x4d' if weights_name == 'mlperf' else 'resnet50'}_fpn" + "_v2" * (variant == "v2")
 
 
 def open_detector(name: str, variant: str = "v1", class_names: Sequence[str] | None = None) -> tuple[Detector, dict[str, Any], list[str]]:
   """A detector ready to use from `--weights name`, which of a file needs no more than its tensors: `(detector, about, notes)`.
 
-  `variant` is which of torchvision's two networks "coco" is. With `class_names` the detector has just these classes in this order, matched to its own
+  `variant` is which of torchvision's networks "coco" is. With `class_names` the detector has just these classes in this order, matched to its own
   by name where it knows them; a class that it never learnt is never found. `about` holds what the file says of itself, and "model" (builder name),
   "num_classes", "weights" (the file) and, where known, "class_names", "category_ids", "size" [width, height], "max_size", "mAP". UserError where it
   is no detector of this project."""

@@ -25,9 +25,7 @@ class RetinaNet(Detector):
   @property
   def stages(self) -> Mapping[str, tuple[str, ...]]:
     head = "head.classification_head."
-    own = {"class logits": (f"{head}cls_logits.",), "class head": (f"{head}conv.",), "pyramid": ("backbone.fpn.",)}
-    body = zip(("stem", "layer1", "layer2", "layer3", "layer4"), self.network.backbone.body.stages)
-    return own | {name: tuple(self.network.body + prefix for prefix in stage) for name, stage in reversed(list(body)) if stage}
+    return {"class logits": (f"{head}cls_logits.",), "class head": (f"{head}conv.",)} | self.network.backbone.stages
 
   def anchors(self, canvas: Canvas) -> Tensor:
     """f32 [A,4] xyxy pixels of the canvas."""

@@ -14,6 +14,6 @@ def build_classifier(name: str, num_classes: int = 1000, seed: int = 0) -> Any:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   """The builder name of the network whose tensors have these names and shapes; None if it is none of this project."""
-  from tinydet.models import classifiers, retinanet, yolo
+  from tinydet.models import classifiers, fcos, retinanet, yolo
   found = yolo.recognise(shapes)
-  return retinanet.recognise(shapes) or classifiers.recognise(shapes) or (found and found[0])
+  return retinanet.recognise(shapes) or fcos.recognise(shapes) or classifiers.recognise(shapes) or (found and found[0])

@@ -1,6 +1,7 @@
 """RetinaNet (Lin et al. 2017): backbone, feature pyramid, and two heads shared by all levels, with torchvision's `state_dict` keys."""
 import math, re
 from collections.abc import Mapping
+from typing import Any
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 from tinydet.models import classifiers, fpn
@@ -41,9 +42,16 @@ class _Heads:
     self.regression_head = _Head(channels, "bbox_reg", num_anchors, 4, norm)
 
 
-class _Backbone:
+class Backbone:
+  """A classifier's features and the pyramid on them."""
   def __init__(self, body: Classifier, channels: int, p6_from: str):
     self.body, self.fpn = body, fpn.FeaturePyramid(list(body.out_channels), channels, p6_from)
+
+  @property
+  def stages(self) -> dict[str, tuple[str, ...]]:
+    """From the pyramid down: a part's name -> how its tensors' names begin."""
+    body = reversed(list(zip(("stem", "layer1", "layer2", "layer3", "layer4"), self.body.stages)))
+    return {"pyramid": ("backbone.fpn.",)} | {name: tuple(f"backbone.body.{prefix}" for prefix in stage) for name, stage in body if stage}
 
 
 class RetinaNet:
@@ -51,7 +59,7 @@ class RetinaNet:
   def __init__(self, body: Classifier, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
                head_norm: str | None = None):
     self.num_classes, self.num_anchors = num_classes, num_anchors
-    self.backbone = _Backbone(body, channels, p6_from)
+    self.backbone = Backbone(body, channels, p6_from)
     self.head = _Heads(channels, num_classes, num_anchors, head_norm)
 
   body = "backbone.body."   # how the names of the classifier's tensors begin here
@@ -71,8 +79,9 @@ class RetinaNet:
     return self.head.classification_head(levels), self.head.regression_head(levels)
 
 
-def freeze(model: RetinaNet, trainable_layers: int) -> None:
-  """Leave the last `trainable_layers` of the backbone's five stages to learn, and fix the rest (torchvision `_resnet_fpn_extractor`)."""
+def freeze(model: Any, trainable_layers: int) -> None:
+  """Leave the last `trainable_layers` of the five stages of `model.backbone.body` to learn, and fix the rest (torchvision
+  `_resnet_fpn_extractor`)."""
   fixed = tuple(prefix for stage in model.backbone.body.stages[:5 - trainable_layers] for prefix in stage)
   for key, tensor in get_state_dict(model.backbone.body).items():
     if fixed and key.startswith(fixed): tensor.is_param_(False)
@@ -92,6 +101,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
   p6 = shapes.get("backbone.fpn.extra_blocks.p6.weight")
   if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
+  if "head.regression_head.bbox_ctrness.weight" in shapes: return None   # FCOS, which has all that RetinaNet has
   body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
   if (backbone := classifiers.recognise(body)) is None: return None
   # v2 takes P6 from C5; where that is as wide as the pyramid, the heads tell
@@ -121,8 +131,8 @@ def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0, c
 
   v2 takes P6 from C5, has group norm in its heads and batch norm in its backbone, where v1 has it frozen; `norm` (a key of `NORMS`) overrides the
   backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it. Narrower ones than torchvision's have group norm
-  in the heads: four convolutions of so few channels, drawn as torchvision draws them, let little of the picture through. Raises ValueError for another
-  name."""
+  in the heads: four convolutions of so few channels, drawn as torchvision draws them, let little of the picture through. Raises ValueError for
+  another name."""
   backbone = name.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
   if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in classifiers.NAMES:
     raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(classifiers.NAMES)}")

@@ -56,6 +56,7 @@ PUBLISHED = (
                "eeacb38b7cec8cf93c57867e05eaab621047f19b0d2ec5accaa405f690da15b7", eps=0.0, **_COCO),
   _torchvision("coco", "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth", 41.5,
                "5905b1c544219215e544dbe319720397bc4e68de61a733a59350d7976645b769", **_COCO),
+  _torchvision("coco", "fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7.pth", 39.2, **_COCO),
   # the MD5 is in mlcommons/cm4mlops, script/get-ml-model-retinanet/_cm.json, and in NVIDIA's submissions to MLPerf Inference; no SHA-256 is published
   Published("mlperf", "retinanet_resnext50_32x4d_fpn", "https://zenodo.org/record/6605272/files/retinanet_model_10.zip",
             "md5:2037c152a6be18e371ebec654314f7e0", 37.55, "https://github.com/mlcommons/inference/tree/master/vision/classification_and_detection",
@@ -71,13 +72,15 @@ def published(name: str, architecture: str) -> Published:
   wanted = backbone if name.startswith("imagenet") else architecture
   entries = {e.architecture: e for e in PUBLISHED if e.name == name}
   if wanted in entries: return entries[wanted]
+  family = architecture.partition("_")[0] if backbone != architecture else ""
+  entries = {a: e for a, e in entries.items() if name.startswith("imagenet") or a.startswith(family)}
   backbones = [_backbone(a) for a in entries]
-  mends = [f"--backbone {backbones[0]}"]
+  mends = [f"--backbone {backbones[0]}"] if backbones else ["--weights coco"]
   if name == "imagenet_v2" and any(e.name == "imagenet" and e.architecture == backbone for e in PUBLISHED): mends.append("--weights imagenet")
   elif wanted.startswith("retinanet_") and backbone in backbones: mends = ["--variant v1"]
-  elif not name.startswith("imagenet") and not wanted.startswith("retinanet_"): mends = ["--weights imagenet"]
-  there = " and ".join(", ".join(entries).rsplit(", ", 1))
-  raise UserError(f"--weights {name}: published for {there}, not for {wanted}; choose {' or '.join(mends)}")
+  elif not name.startswith("imagenet") and not family: mends = ["--weights imagenet"]
+  there = " and ".join(", ".join(entries).rsplit(", ", 1)) if len(entries) < 5 else f"{len(entries)} of torchvision's classifiers (docs/networks.md)"
+  raise UserError(f"--weights {name}: published for {there or 'RetinaNet'}, not for {wanted}; choose {' or '.join(mends)}")
 
 
 def _backbone(architecture: str) -> str:
