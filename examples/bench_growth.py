@@ -6,7 +6,7 @@ import json, os, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.models import resnet
+from tinydet.models import classifiers
 from tinydet.nn.layers import NORMS
 from tinydet.config import option, parse
 
@@ -17,7 +17,7 @@ STEP = {"step_median_s": "step, s", "first_step_s": "first step, s", "kernels": 
 
 @dataclass
 class Config:
-  backbone: str = option("resnet10_quarter", "the classifier underneath", choices=tuple(resnet.BACKBONES))
+  backbone: str = option("resnet10_quarter", "the classifier underneath", choices=classifiers.NAMES)
   norm: str = option("frozen", "the backbone's norm layers", choices=tuple(NORMS))
   steps: int = option(3, "steps to time after the first", minimum=1)
   postprocess_size: int = option(800, "pixels, of the picture whose outputs become detections; 0 skips it", minimum=0)

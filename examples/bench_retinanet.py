@@ -38,7 +38,7 @@ from tinydet.detection import losses as detection_losses
 from tinydet.detection.anchors import anchors, level_sizes
 from tinydet.detection.matcher import match
 from tinydet.detection.postprocess import select
-from tinydet.models import resnet, retinanet
+from tinydet.models import classifiers, resnet, retinanet
 from tinydet.models.preprocess import MEAN, STD
 from tinydet.nn import init, layers
 from tinydet.training import optim
@@ -58,7 +58,7 @@ POSTPROCESS_MEANS = {"trained": -6.5, "untrained": -4.6}
 
 @dataclass
 class Config:
-  backbone: str = option("resnet18", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="step")
+  backbone: str = option("resnet18", "the classifier underneath", choices=classifiers.NAMES, group="step")
   variant: str = option("v1", "torchvision's RetinaNet v1 or v2", choices=("v1", "v2"), group="step")
   norm: str = option("frozen", "the backbone's norm layers", choices=tuple(layers.NORMS), group="step")
   size: tuple = option((128, 128), "pixels the network sees: 800, or width x height as 192x144", parse=size, show=show_size, group="step")

@@ -37,7 +37,8 @@ class Config:
   workers: int = option(2, "processes that load pictures; 0 loads between batches", minimum=0, maximum=256, group="data")
 
   weights: str = option("shapes", "shapes (ships with the code), coco, mlperf, a .safetensors or .pth file, or the folder of a run", group="model")
-  variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
+  variant: str = option("v1", "which of torchvision's networks --weights coco is: RetinaNet v1 or v2, or FCOS", choices=("v1", "v2", "fcos"),
+                       group="model")
   score_threshold: float = option(0.05, "drop detections that score less", minimum=0, maximum=1, group="model")
   nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
                                        "detector's own", minimum=0, maximum=1, group="model")

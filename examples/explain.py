@@ -53,7 +53,8 @@ class Config:
   max_size: int | None = option(None, "keep the aspect ratio, the longer side at most this; 0 resizes to --size exactly", minimum=0, group="data")
 
   weights: str = option("coco", "shapes (ships with the code), coco, mlperf, a .safetensors or .pth file, or the folder of a run", group="model")
-  variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
+  variant: str = option("v1", "which of torchvision's networks --weights coco is: RetinaNet v1 or v2, or FCOS", choices=("v1", "v2", "fcos"),
+                       group="model")
   threshold: float = option(0.3, "explain detections that score more", minimum=0, maximum=1, group="model")
   top: int = option(3, "explain at most so many detections of a picture, the surest", minimum=1, group="model")
 

@@ -33,7 +33,8 @@ from tinydet.weights.weights import WRITERS, export_weights
 class Config:
   weights: str = option("shapes", "shapes (ships with the code), coco, mlperf, a file or the folder of a run; for weights alone imagenet too",
                         group="model")
-  variant: str = option("v1", "which of torchvision's two networks --weights coco is", choices=("v1", "v2"), group="model")
+  variant: str = option("v1", "which of torchvision's networks --weights coco is: RetinaNet v1 or v2, or FCOS", choices=("v1", "v2", "fcos"),
+                       group="model")
   architecture: str = option("retinanet_resnet50_fpn", "for weights alone: which network, for a published name", group="model")
   size: tuple | None = option(None, "pixels the network sees: 800, or width x height as 192x144; by default what the weights were trained with",
                               parse=parse_size, show=show_size, group="model")

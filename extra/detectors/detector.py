@@ -155,7 +155,11 @@ class Detector:
     """Leave the last `trainable_layers` stages of the backbone to learn, and fix the rest."""
 
   def assume(self, about: Mapping[str, Any]) -> None:
-    """Take over, from the metadata of a file whose weights this detector gets, how pictures are prepared for them."""
+    """Take over, from the metadata of a file whose weights this detector gets, what its outputs mean there."""
+    self.assume_input(about)
+
+  def assume_input(self, about: Mapping[str, Any]) -> None:
+    """Take over, from the metadata of a file whose weights this detector or its backbone gets, how pictures are prepared for them."""
     given = about.get("input")
     if isinstance(given, dict): self.preprocessing = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 

@@ -1,6 +1,6 @@
 """RetinaNet (Lin et al. 2017) as a detector: nine anchors a place, focal loss, one of three box losses."""
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 import numpy as np
 from tinygrad import Tensor
 from tinydet.detection import anchors, postprocess
@@ -8,22 +8,24 @@ from tinydet.detection.boxes import decode
 from tinydet.detection.losses import detection_losses
 from tinydet.detection.matcher import match
 from tinydet.detectors.detector import Canvas, Detector, Outputs
-from tinydet.models import resnet, retinanet
+from tinydet.models import classifiers, retinanet
 from tinydet.weights.weights import select_classes
 
-NAMES = tuple(f"retinanet_{backbone}_fpn{variant}" for backbone in resnet.BACKBONES for variant in ("", "_v2"))
+NAMES = tuple(f"retinanet_{backbone}_fpn{variant}" for backbone in classifiers.NAMES for variant in ("", "_v2"))
 
 
 class RetinaNet(Detector):
   """Outputs are (cls_logits [B,A,K], bbox_regression [B,A,4]). `exact_strides` puts anchors where the cells are (see `anchors.anchors`)."""
-  stages: ClassVar = {"class logits": ("head.classification_head.cls_logits.",), "class head": ("head.classification_head.conv.",),
-            "pyramid": ("backbone.fpn.",), **{f"layer{i}": (f"backbone.body.layer{i}.",) for i in (4, 3, 2, 1)},
-            "stem": ("backbone.body.conv1.", "backbone.body.bn1.")}
-
-  def __init__(self, name: str, num_classes: int, norm: str | None = None, seed: int = 0, box_loss: str = "l1", exact_strides: bool = False):
+  def __init__(self, name: str, num_classes: int, norm: str | None = None, seed: int = 0, box_loss: str = "l1", exact_strides: bool = False,
+               channels: int | None = None):
     self.name, self.num_classes, self.norm, self.box_loss, self.exact_strides = name, num_classes, norm, box_loss, exact_strides
-    self.network = retinanet.build(name, num_classes, norm, seed)
+    self.network = retinanet.build(name, num_classes, norm, seed, channels)
     self._anchors: dict[Canvas, Tensor] = {}
+
+  @property
+  def stages(self) -> Mapping[str, tuple[str, ...]]:
+    head = "head.classification_head."
+    return {"class logits": (f"{head}cls_logits.",), "class head": (f"{head}conv.",)} | self.network.backbone.stages
 
   def anchors(self, canvas: Canvas) -> Tensor:
     """f32 [A,4] xyxy pixels of the canvas."""
@@ -33,7 +35,7 @@ class RetinaNet(Detector):
   def constants(self, canvas: Canvas) -> list[Tensor]: return [self.anchors(canvas)]
 
   def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
-    features = self.network.backbone.body.features(x)[1:]
+    features = self.network.backbone.body.feature_maps(x)
     return self.network.backbone.fpn(features) if layer == "pyramid" else features
 
   def head(self, features: list[Tensor], layer: str = "backbone") -> Outputs:
@@ -79,7 +81,7 @@ class RetinaNet(Detector):
 
   def about(self) -> dict[str, Any]: return super().about() | {"norm": self.norm, "exact_strides": self.exact_strides}
 
-  def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return retinanet.init_rule(key, shape)
+  def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return retinanet.init_rule(self.network, key, shape)
 
 
 def build(name: str, num_classes: int, **options: Any) -> RetinaNet:
@@ -92,4 +94,5 @@ def recognise(shapes: Any) -> tuple[str, int, dict[str, Any]] | None:
   if (name := retinanet.recognise(shapes)) is None: return None
   num_anchors = shapes["head.regression_head.bbox_reg.weight"][0] // 4
   num_classes = shapes["head.classification_head.cls_logits.weight"][0] // num_anchors
-  return name, num_classes, {"norm": "frozen" if "backbone.body.bn1.running_mean" in shapes else "group"}
+  frozen = any(key.startswith("backbone.body.") and key.endswith("running_mean") for key in shapes)
+  return name, num_classes, {"norm": "frozen" if frozen else "group", "channels": shapes["backbone.fpn.inner_blocks.0.0.weight"][0]}

@@ -1,7 +1,8 @@
 """ResNet and its kin (He et al. 2015; v1.5: the 3x3 of a bottleneck has the stride), with torchvision's `state_dict` keys."""
 import math
-from collections.abc import Mapping
+from functools import partial
 from tinygrad import Tensor
+from tinydet.models.classifier import Classifier
 from tinydet.nn import init
 from tinydet.nn.layers import NORMS, Conv2d, Linear
 from tinydet.nn.pool import max_pool
@@ -43,8 +44,11 @@ def _downsample(in_channels: int, out_channels: int, stride: int, norm: str) -> 
   return [Conv2d(in_channels, out_channels, 1, stride, bias=False), NORMS[norm](out_channels)]
 
 
-class ResNet:
-  """A normalised batch [B,3,H,W] -> logits [B,num_classes]; `features` gives what a detector needs. `num_classes` None leaves the classifier out."""
+class ResNet(Classifier):
+  """Four stages at strides 4 to 32."""
+  top, last = ("fc.",), ("fc",)
+  stages = (("conv1.", "bn1."), *((f"layer{i}.",) for i in range(1, 5)))
+
   def __init__(self, block: type, layers: tuple[int, int, int, int], num_classes: int | None = 1000, norm: str = "batch", *, width: int = 64,
                groups: int = 1, base_width: int = 64):
     self.channels = [width * 2 ** i * block.expansion for i in range(4)]
@@ -53,19 +57,21 @@ class ResNet:
       stage = [block(in_channels if j == 0 else self.channels[i], width * 2 ** i, 2 if i > 0 and j == 0 else 1, norm, groups, base_width)
                for j in range(depth)]
       setattr(self, f"layer{i + 1}", stage)
+    self.out_channels = tuple(self.channels[1:])
     if num_classes is not None: self.fc = Linear(self.channels[3], num_classes)
-
-  @property
-  def class_rows(self) -> dict[str, tuple[int, int]]:
-    """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
-    return {"fc.weight": (1, 0), "fc.bias": (1, 0)} if hasattr(self, "fc") else {}
 
   def features(self, x: Tensor) -> list[Tensor]:
     """C2..C5: [B,channels[i],H/4,W/4] down to [B,channels[3],H/32,W/32], sides rounded up."""
     x = max_pool(self.bn1(self.conv1(x)).contiguous().relu())
     return [x := x.sequential(getattr(self, f"layer{i}")) for i in range(1, 5)]
 
+  def feature_maps(self, x: Tensor) -> list[Tensor]: return self.features(x)[1:]
+
   def __call__(self, x: Tensor) -> Tensor: return self.fc(self.features(x)[-1].mean((2, 3)))
+
+  def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
+    if key.startswith("fc."): return init.uniform(1 / math.sqrt(self.channels[3]))
+    return init.kaiming_normal_fan_out if len(shape) == 4 else init.normalization(key)
 
 
 BACKBONES: dict[str, tuple[type, tuple[int, int, int, int], dict[str, int]]] = {
@@ -78,28 +84,19 @@ BACKBONES: dict[str, tuple[type, tuple[int, int, int, int], dict[str, int]]] = {
   "resnet10_quarter": (BasicBlock, (1, 1, 1, 1), {"width": 16})}
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """The key of `BACKBONES` whose tensors have these names and shapes, judged by depth, kind of block and widths; None if there is none."""
-  for name, (block, layers, options) in BACKBONES.items():
-    width, groups, base_width = (options.get(key, usual) for key, usual in (("width", 64), ("groups", 1), ("base_width", 64)))
-    inner = width * base_width // 64 * groups if block is Bottleneck else width
-    depths = tuple(len({k.split(".")[1] for k in shapes if k.startswith(f"layer{i}.")}) for i in range(1, 5))
-    if depths == layers and shapes.get("conv1.weight") == (width, 3, 7, 7) and ("layer1.0.conv3.weight" in shapes) == (block is Bottleneck) and \
-       shapes.get("layer1.0.conv2.weight") == (inner, inner // groups, 3, 3): return name
-  return None
+def _made(num_classes: int | None, norm: str, name: str) -> ResNet:
+  block, layers, options = BACKBONES[name]
+  return ResNet(block, layers, num_classes, norm, **options)
 
 
-def init_rule(key: str, shape: tuple[int, ...], features: int = 512) -> init.Draw:
-  """torchvision's initialisation of the backbone's tensor `key`; `features` are the classifier's inputs."""
-  if key.startswith("fc."): return init.uniform(1 / math.sqrt(features))
-  return init.kaiming_normal_fan_out if len(shape) == 4 else init.normalization(key)
+NETWORKS = {name: partial(_made, name=name) for name in BACKBONES}
+MARK = {"layer1.0.conv1.weight": None}
 
 
 def build(name: str, num_classes: int | None = 1000, norm: str = "batch", seed: int = 0) -> ResNet:
   """The network that torchvision calls `name` (a key of `BACKBONES`), initialised from `seed`; `norm` is a key of `NORMS`.
 
   Raises KeyError for another name."""
-  block, layers, options = BACKBONES[name]
-  model = ResNet(block, layers, num_classes, norm, **options)
-  init.initialize(model, lambda key, shape: init_rule(key, shape, model.channels[3]), seed)
+  model = _made(num_classes, norm, name)
+  init.initialize(model, model.init_rule, seed)
   return model

@@ -1,12 +1,16 @@
 """RetinaNet (Lin et al. 2017): backbone, feature pyramid, and two heads shared by all levels, with torchvision's `state_dict` keys."""
 import math, re
 from collections.abc import Mapping
+from typing import Any
 from tinygrad import Tensor, dtypes
-from tinygrad.nn.state import get_parameters
-from tinydet.models import fpn, resnet
+from tinygrad.nn.state import get_state_dict
+from tinydet.models import classifiers, fpn
+from tinydet.models.classifier import Classifier
 from tinydet.nn import canvas, init
 from tinydet.nn.layers import NORMS, Conv2d
 
+LIGHT, TINY = 8_000_000, 500_000   # parameters of a backbone
+WIDTH = 256   # channels of torchvision's pyramids
 PRIOR = 0.01  # the score every anchor starts from, so that the first loss is not all background
 
 
@@ -38,20 +42,32 @@ class _Heads:
     self.regression_head = _Head(channels, "bbox_reg", num_anchors, 4, norm)
 
 
-class _Backbone:
-  def __init__(self, body: resnet.ResNet, channels: int, p6_from: str):
-    self.body, self.fpn = body, fpn.FeaturePyramid(body.channels[1:], channels, p6_from)
+class Backbone:
+  """A classifier's features and the pyramid on them."""
+  def __init__(self, body: Classifier, channels: int, p6_from: str):
+    self.body, self.fpn = body, fpn.FeaturePyramid(list(body.out_channels), channels, p6_from)
+
+  @property
+  def stages(self) -> dict[str, tuple[str, ...]]:
+    """From the pyramid down: a part's name -> how its tensors' names begin."""
+    body = reversed(list(zip(("stem", "layer1", "layer2", "layer3", "layer4"), self.body.stages)))
+    return {"pyramid": ("backbone.fpn.",)} | {name: tuple(f"backbone.body.{prefix}" for prefix in stage) for name, stage in body if stage}
 
 
 class RetinaNet:
   """A normalised batch [B,3,H,W] -> (cls_logits [B,A,K], bbox_regression [B,A,4]), both f32, anchors in the order of `tinydet.detection.anchors`."""
-  def __init__(self, body: resnet.ResNet, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
+  def __init__(self, body: Classifier, num_classes: int, *, channels: int = 256, num_anchors: int = 9, p6_from: str = "p5",
                head_norm: str | None = None):
     self.num_classes, self.num_anchors = num_classes, num_anchors
-    self.backbone = _Backbone(body, channels, p6_from)
+    self.backbone = Backbone(body, channels, p6_from)
     self.head = _Heads(channels, num_classes, num_anchors, head_norm)
 
   body = "backbone.body."   # how the names of the classifier's tensors begin here
+
+  @property
+  def top(self) -> tuple[str, ...]:
+    """How the names of the classifier's tensors begin that have no place here."""
+    return self.backbone.body.top
 
   @property
   def class_rows(self) -> dict[str, tuple[int, int]]:
@@ -59,16 +75,16 @@ class RetinaNet:
     return {f"head.classification_head.cls_logits.{part}": (self.num_anchors, 0) for part in ("weight", "bias")}
 
   def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-    levels = self.backbone.fpn(self.backbone.body.features(x)[1:])
+    levels = self.backbone.fpn(self.backbone.body.feature_maps(x))
     return self.head.classification_head(levels), self.head.regression_head(levels)
 
 
-def freeze(model: RetinaNet, trainable_layers: int) -> None:
-  """Leave the last `trainable_layers` of the backbone's stem and four stages to learn, and fix the rest (torchvision `_resnet_fpn_extractor`)."""
-  stages = ["conv1", "layer1", "layer2", "layer3", "layer4"][:5 - trainable_layers]
-  if "conv1" in stages: stages.append("bn1")
-  for stage in stages:
-    for tensor in get_parameters(getattr(model.backbone.body, stage)): tensor.is_param_(False)
+def freeze(model: Any, trainable_layers: int) -> None:
+  """Leave the last `trainable_layers` of the five stages of `model.backbone.body` to learn, and fix the rest (torchvision
+  `_resnet_fpn_extractor`)."""
+  fixed = tuple(prefix for stage in model.backbone.body.stages[:5 - trainable_layers] for prefix in stage)
+  for key, tensor in get_state_dict(model.backbone.body).items():
+    if fixed and key.startswith(fixed): tensor.is_param_(False)
 
 
 def current_key(key: str) -> str:
@@ -82,35 +98,47 @@ def current_key(key: str) -> str:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   """The name for `build` of the detector whose tensors have these names and shapes (`current_key` names); None if it is none of this project."""
-  body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
-  backbone, p6 = resnet.recognise(body), shapes.get("backbone.fpn.extra_blocks.p6.weight")
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
-  if backbone is None or p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
-  return f"retinanet_{backbone}_fpn" + "_v2" * (p6[0] != p6[1])
+  p6 = shapes.get("backbone.fpn.extra_blocks.p6.weight")
+  if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
+  if "head.regression_head.bbox_ctrness.weight" in shapes: return None   # FCOS, which has all that RetinaNet has
+  body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
+  if (backbone := classifiers.recognise(body)) is None: return None
+  # v2 takes P6 from C5; where that is as wide as the pyramid, the heads tell
+  v2 = p6[0] != p6[1] or (p6[1] == classifiers.made(backbone, None).out_channels[-1] and p6[1] >= WIDTH and
+                          "head.classification_head.conv.0.1.weight" in shapes)
+  return f"retinanet_{backbone}_fpn" + "_v2" * v2
 
 
-def init_rule(key: str, shape: tuple[int, ...]) -> init.Draw:
+def init_rule(model: RetinaNet, key: str, shape: tuple[int, ...]) -> init.Draw:
   """torchvision's initialisation of the detector's tensor `key`."""
-  if key.startswith("backbone.body."): return resnet.init_rule(key.removeprefix("backbone.body."), shape)
+  if key.startswith(model.body): return model.backbone.body.init_rule(key.removeprefix(model.body), shape)
   if key.startswith("backbone.fpn."): return fpn.init_rule(key, shape)
   if key.endswith("cls_logits.bias"): return init.constant(-math.log((1 - PRIOR) / PRIOR))
   if len(shape) == 4: return init.normal(0.01)
   return init.normalization(key)
 
 
-def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0) -> RetinaNet:
-  """`retinanet_<backbone>_fpn` or `retinanet_<backbone>_fpn_v2`, <backbone> being any key of `resnet.BACKBONES`, initialised from `seed`.
+def usual_channels(body: Classifier) -> int:
+  """How wide pyramid and heads are for a backbone: torchvision's 256, half of that beside less than `LIGHT` parameters, an eighth beside less than
+  `TINY`."""
+  parameters = sum(t.numel() for t in get_state_dict(body).values() if t.is_param)
+  return WIDTH if parameters >= LIGHT else 128 if parameters >= TINY else 32
+
+
+def build(name: str, num_classes: int, norm: str | None = None, seed: int = 0, channels: int | None = None) -> RetinaNet:
+  """`retinanet_<backbone>_fpn` or `retinanet_<backbone>_fpn_v2`, <backbone> being one of `classifiers.NAMES`, initialised from `seed`.
 
   v2 takes P6 from C5, has group norm in its heads and batch norm in its backbone, where v1 has it frozen; `norm` (a key of `NORMS`) overrides the
-  backbone's. A backbone narrower than ResNet-18 gets a pyramid as much narrower, and group norm in its heads, being meant to train from scratch.
-  Raises ValueError for another name."""
+  backbone's. Pyramid and heads are `channels` wide, by default as `usual_channels` has it. Narrower ones than torchvision's have group norm
+  in the heads: four convolutions of so few channels, drawn as torchvision draws them, let little of the picture through. Raises ValueError for
+  another name."""
   backbone = name.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
-  if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in resnet.BACKBONES:
-    raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(resnet.BACKBONES)}")
-  v2, (block, layers, options) = name.endswith("_v2"), resnet.BACKBONES[backbone]
-  width = options.get("width", 64)
-  body = resnet.ResNet(block, layers, None, norm or ("batch" if v2 else "frozen"), **options)
-  model = RetinaNet(body, num_classes, channels=min(256, width * 2 if width < 64 else 256), p6_from="c5" if v2 else "p5",
-                    head_norm="group" if v2 or width < 64 else None)
-  init.initialize(model, init_rule, seed)
+  if not name.startswith(f"retinanet_{backbone}_fpn") or backbone not in classifiers.NAMES:
+    raise ValueError(f"{name!r} is no detector: retinanet_<backbone>_fpn[_v2] with a backbone of {', '.join(classifiers.NAMES)}")
+  v2 = name.endswith("_v2")
+  body = classifiers.made(backbone, None, norm or ("batch" if v2 else "frozen"))
+  channels = channels or usual_channels(body)
+  model = RetinaNet(body, num_classes, channels=channels, p6_from="c5" if v2 else "p5", head_norm="group" if v2 or channels < WIDTH else None)
+  init.initialize(model, lambda key, shape: init_rule(model, key, shape), seed)
   return model

@@ -20,6 +20,15 @@ def normal(std: float) -> Draw:
   return lambda rng, shape: rng.standard_normal(shape) * std
 
 
+def truncated_normal(std: float) -> Draw:
+  """Normal with mean 0, drawn again where it is more than two deviations away (torch `trunc_normal_` with bounds at those)."""
+  def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    values = rng.standard_normal(shape)
+    while (far := abs(values) > 2).any(): values[far] = rng.standard_normal(np.count_nonzero(far))
+    return values * std
+  return draw
+
+
 def uniform(bound: float) -> Draw:
   """Uniform in [-bound, bound)."""
   return lambda rng, shape: rng.uniform(-bound, bound, shape)

@@ -1,4 +1,5 @@
 """Layers as lists of tensors whose attribute names are torch's `state_dict` keys. Values come from `tinydet.nn.init.initialize` or a checkpoint."""
+import math
 from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -7,16 +8,30 @@ from tinydet.nn.conv import conv2d
 
 
 class Conv2d:
-  """`conv2d` with its weight [Cout,Cin/groups,k,k] and, if asked for, bias [Cout]. The result has the input's dtype, or `dtype`."""
-  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True,
-               dtype: DType | None = None):
+  """`conv2d` with its weight [Cout,Cin/groups,KH,KW] and, if asked for, bias [Cout]. The result has the input's dtype, or `dtype`. `kernel_size` and
+  `padding` are one number for both axes, or (rows, columns)."""
+  def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0,
+               groups: int = 1, bias: bool = True, dtype: DType | None = None):
     self.stride, self.padding, self.groups, self.dtype = stride, padding, groups, dtype
-    self.weight = Tensor.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
+    self.weight = Tensor.empty(out_channels, in_channels // groups, *((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size))
     self.bias = Tensor.empty(out_channels) if bias else None
 
   def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
+    padding = self.padding
+    if not isinstance(padding, int):
+      x, padding = x.pad(((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)), 0
     # The bias stays float32, and so its gradient, a sum over all pixels that half precision may not hold.
-    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, self.padding, self.groups, self.dtype, silu)
+    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, padding, self.groups, self.dtype, silu)
+
+  def covering(self, x: Tensor) -> Tensor:
+    """As the call, but [B,Cout,ceil(H/stride),ceil(W/stride)]: zeros around make up for padding that the layer lacks, and for a stride that divides
+    no side."""
+    around = []
+    for side, kernel, padding in zip(x.shape[2:], self.weight.shape[2:], (self.padding,) * 2 if isinstance(self.padding, int) else self.padding):
+      before = padding or (kernel - 1) // 2 if kernel > self.stride else 0
+      around.append((before, max(0, (-(-side // self.stride) - 1) * self.stride + kernel - side - before)))
+    x = x.pad(((0, 0), (0, 0), *around))
+    return conv2d(x, self.weight.cast(x.dtype), self.bias, self.stride, 0, self.groups, self.dtype)
 
 
 class Linear:
@@ -45,6 +60,31 @@ class ConvTranspose2x2:
     weight = self.weight.cast(x.dtype).permute(1, 2, 3, 0).reshape(out_channels * 4, channels, 1, 1)
     out = conv2d(x, weight).reshape(batch, out_channels, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
     return (out.reshape(batch, out_channels, 2 * height, 2 * width) + self.bias.reshape(1, -1, 1, 1)).cast(x.dtype)
+
+
+def relu(x: Tensor) -> Tensor:
+  """The larger of x and 0."""
+  return x.relu()
+
+
+def relu6(x: Tensor) -> Tensor:
+  """x between 0 and 6 (Sandler et al. 2018)."""
+  return x.maximum(0).minimum(6)
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+  """x / 6 + 1/2 between 0 and 1 (Howard et al. 2019)."""
+  return (x + 3).maximum(0).minimum(6) * (1 / 6)
+
+
+def hard_swish(x: Tensor) -> Tensor:
+  """x times `hard_sigmoid` of it (Howard et al. 2019)."""
+  return x * hard_sigmoid(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+  """x times the standard normal distribution's share below it (Hendrycks & Gimpel 2016), by the error function (torch `GELU`)."""
+  return x * 0.5 * (1 + (x * math.sqrt(0.5)).erf())
 
 
 def silu(x: Tensor) -> Tensor:
@@ -115,5 +155,33 @@ class GroupNorm:
     return (normal * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)).cast(x.dtype)
 
 
-NORMS: dict[str, Callable[[int], FrozenBatchNorm | BatchNorm | GroupNorm]] = {
-  "frozen": FrozenBatchNorm, "batch": BatchNorm, "group": lambda channels: GroupNorm(min(32, channels // 4), channels)}
+class LayerNorm:
+  """Layer norm over the channels of each pixel, x [B,C,H,W] (Ba et al. 2016; torch `LayerNorm`, whose channels come last)."""
+  def __init__(self, channels: int, eps: float = 1e-6):
+    self.eps = eps
+    self.weight, self.bias = Tensor.empty(channels), Tensor.empty(channels)
+
+  def __call__(self, x: Tensor) -> Tensor:
+    values = x.contiguous().cast(dtypes.float32)
+    centred = (values - values.mean(1, keepdim=True)).contiguous()
+    scale = (centred.square().mean(1, keepdim=True) + self.eps).rsqrt().contiguous()
+    return (centred * scale * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)).cast(x.dtype)
+
+
+def stochastic_depth(x: Tensor, chance: float) -> Tensor:
+  """In training each picture of x [B,...] is 0 with this chance and else as much larger (Huang et al. 2016; torchvision `StochasticDepth`, "row")."""
+  if not TRAINING or chance == 0: return x
+  draws = x[(slice(None), *(slice(0, 1),) * (x.ndim - 1))].rand_like(dtype=dtypes.float32)
+  return x * ((draws >= chance).contiguous().cast(x.dtype) * (1 / (1 - chance)))
+
+
+def _groups(channels: int) -> int:
+  """32, or fewer where there would be less than four channels in each, and as many as divide the channels."""
+  return max(groups for groups in range(1, max(1, min(32, channels // 4)) + 1) if channels % groups == 0)
+
+
+Norm = FrozenBatchNorm | BatchNorm | GroupNorm
+# All are asked for a number of channels, the constant that they add to the variance, and the share of a batch in running statistics.
+NORMS: dict[str, Callable[..., Norm]] = {
+  "frozen": lambda channels, eps=1e-5, momentum=0.1: FrozenBatchNorm(channels, eps), "batch": BatchNorm,
+  "group": lambda channels, eps=1e-5, momentum=0.1: GroupNorm(_groups(channels), channels, eps)}

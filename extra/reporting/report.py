@@ -488,9 +488,11 @@ def _commands(run: Record) -> list[tuple[str, str]]:
   if run.score == "top1":
     backbone = shlex.quote(str(run.config.get("backbone", "resnet18")))
     detector_data = data.replace("crops", "shapes", 1) if data.startswith("crops") else "FOLDER"
-    return [("Resume", f"python examples/train_resnet.py --resume {folder}"),
+    return [("Resume", f"python examples/train_classifier.py --resume {folder}"),
             ("Train a detector", f"python examples/train_retinanet.py --weights {folder} --backbone {backbone} --data {detector_data}"), again]
-  return [("Resume", f"python examples/train_retinanet.py --resume {folder}"),
+  fcos = "fpn_channels" in run.config and "box_loss" not in run.config
+  trainer = "train_yolo" if "model" in run.config else "train_fcos" if fcos else "train_retinanet"
+  return [("Resume", f"python examples/{trainer}.py --resume {folder}"),
           ("Evaluate", f"python examples/evaluate.py --weights {folder} --data {data}"),
           ("Detect", f"python examples/detect.py picture.jpg --weights {folder}"),
           again]

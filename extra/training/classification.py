@@ -1,5 +1,6 @@
 """The story that trainers of classifiers share: losses and ranks, the evaluation after an epoch, the run from its first step to its last."""
 import shlex, time
+from collections.abc import Callable
 from typing import Any
 import numpy as np
 from tinygrad import Context, Tensor, dtypes
@@ -31,10 +32,10 @@ def losses_and_ranks(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 
 class Evaluation:
   """Scores a classifier on the validation pictures after an epoch, keeps the best weights, and writes what a person sees of it."""
-  def __init__(self, run: Run, model: Any, loader: Any, dataset: Any, averaged: Any):
+  def __init__(self, run: Run, model: Any, prepare: Callable[[Tensor], Tensor], loader: Any, dataset: Any, averaged: Any):
     self.run, self.loader, self.dataset, self.averaged, self.scores = run, loader, dataset, averaged, None
     def forward(images: Tensor) -> Tensor:
-      with Context(TRAINING=0): return model(normalize(images, DTYPES[run.config.dtype])).float().contiguous()
+      with Context(TRAINING=0): return model(prepare(images)).float().contiguous()
     self._forward = jit(forward)
 
   def after_epoch(self, epoch: int, step: int, log: bool = True) -> bool | None:
@@ -92,16 +93,20 @@ class Evaluation:
 def train_classifier(run: Run, model: Any, name: str, data: tuple[Any, Any], loaders: tuple[Any, Any], about: dict[str, Any],
                      notes: list[str]) -> None:
   """Train `model`, called `name`, on `data`, training and validation set with their `loaders`, from the run's first step to its last line. `about` is
-  what a file of its weights should say of it."""
+  what a file of its weights should say of it; its "input" has the mean and the deviation that pixels in 0..1 are freed of."""
   config, (train_set, val_set), (train_loader, val_loader) = run.config, data, loaders
   run.at_end(train_loader.close)
   run.at_end(val_loader.close)
   run.check_data(train_set, len(train_loader))
   optimizer, buffers = run.prepare(model, len(train_loader))
 
+  def prepare(images: Tensor) -> Tensor: return normalize(images, DTYPES[config.dtype], **about["input"])
+
   def losses(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    logits = model(normalize(images, DTYPES[config.dtype])).float().contiguous()
-    return {"loss": cross_entropy(logits, labels, config.label_smoothing), "accuracy": (logits.argmax(1) == labels).cast(dtypes.float32).mean()}
+    all_logits = [(weight, logits.float().contiguous()) for weight, logits in model.all_logits(prepare(images))]
+    loss = sum((cross_entropy(logits, labels, config.label_smoothing) * weight for weight, logits in all_logits[1:]),
+               cross_entropy(all_logits[0][1], labels, config.label_smoothing))
+    return {"loss": loss, "accuracy": (all_logits[0][1].argmax(1) == labels).cast(dtypes.float32).mean()}
 
   def to_device(batch: Any) -> tuple[Tensor, Tensor]: return to_devices(batch.images, run.gpus), to_devices(batch.labels[:, 0], run.gpus)
 
@@ -112,7 +117,7 @@ def train_classifier(run: Run, model: Any, name: str, data: tuple[Any, Any], loa
               f"pictures at {config.size}x{config.size} on {', '.join(run.gpus)}", *(f"note: {note}" for note in notes)]
   about |= {"num_classes": len(classes), "class_names": classes, "category_ids": train_set.category_ids, "size": [config.size, config.size]}
   run.open(model, optimizer, about, headline, len(train_loader))
-  evaluation = Evaluation(run, model, val_loader, val_set, optimizer.averaged)
+  evaluation = Evaluation(run, model, prepare, val_loader, val_set, optimizer.averaged)
   with run.signals:
     done = run.train(model, losses, step, train_loader, to_device, evaluation.after_epoch)
     if evaluation.scores is None: evaluation.after_epoch(config.epochs, done, log=False)

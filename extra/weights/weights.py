@@ -7,7 +7,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet import models
-from tinydet.models import retinanet
+from tinydet.models import classifiers, densenet, retinanet
 from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yolo_published, yolo_weights
 
@@ -57,7 +57,7 @@ def find(name: str, architecture: str) -> tuple[Path, dict]:
     return found, {}
   if not path.is_file():
     raise UserError(f"--weights {name}: no such file or run; give none, {', '.join([*SHIPPED, *pretrained.NAMES])}, a file or the folder of a run")
-  return path, {}
+  return path, pretrained.known_file(path)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
@@ -98,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
   if yolo_weights.is_yolo(tree):
     tree, more = yolo_weights.canonical(tree)
     notes += [f"{path.name}: {line}" for line in more]
-  return {retinanet.current_key(k): v for k, v in tree.items()}, metadata if isinstance(metadata, dict) else {}, notes
+  return {densenet.current_key(retinanet.current_key(k)): v for k, v in tree.items()}, metadata if isinstance(metadata, dict) else {}, notes
 
 
 def open_weights(name: str, architecture: str) -> tuple[Path, dict[str, np.ndarray], dict, list[str]]:
@@ -119,9 +119,14 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
   wanted, tensors, notes = get_state_dict(model), dict(tensors), []
   body = getattr(model, "body", None)
   if is_backbone := body is not None and not any(k.startswith(body) for k in tensors) and any(f"{body}{k}" in wanted for k in tensors):
-    unused = [k for k in tensors if k.startswith(("fc.", "classifier."))]
+    unused = [k for k in tensors if k.startswith((*model.top, *classifiers.AUXILIARIES))]
     tensors = {f"{body}{k}": v for k, v in tensors.items() if k not in unused}
     notes.append(f"{path.name}: is a classifier; pyramid and heads start anew" + (f", {', '.join(unused)} not used" if unused else ""))
+  else:   # torchvision leaves auxiliary classifiers out of a network that is not to be trained
+    def aside(keys: Any, others: Any) -> list[str]: return [k for k in keys if k.startswith(classifiers.AUXILIARIES) and k not in others]
+    if extra := aside(tensors, wanted): notes.append(f"{path.name}: {', '.join(extra)} not used")
+    if alone := aside(wanted, tensors): notes.append(f"{path.name}: has no auxiliary classifiers, which start anew")
+    tensors = {k: v for k, v in tensors.items() if k not in extra}
   def counts(key: str) -> bool: return key.endswith("num_batches_tracked")   # torch's frozen norms do not have them; they only count
   rows = {k: row for k, row in getattr(model, "class_rows", {}).items() if k in tensors and tensors[k].shape[1:] == wanted[k].shape[1:]}
   own = {k: wanted[k].numpy() for k in rows}
@@ -131,7 +136,7 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
   if anew: notes.append(f"{path.name}: the class branches are of another width there, {len(anew)} tensors start anew")
   tensors = {k: v for k, v in tensors.items() if k not in anew}
   missing = [k for k in wanted if k not in tensors and k not in anew and not counts(k) and not yolo_weights.constant(k) and
-             (not is_backbone or k.startswith(body))]
+             (k.startswith(body) if is_backbone else k not in alone)]
   unknown = [k for k in tensors if k not in wanted and not counts(k)]
   misshapen = [f"{k} {list(tensors[k].shape)}, here {list(t.shape)}" for k, t in wanted.items() if k in tensors and tensors[k].shape != t.shape]
   if missing or unknown or misshapen:
