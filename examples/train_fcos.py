@@ -37,7 +37,8 @@ PRESETS = {
 
 
 # What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
-BUDGET = {"processor": {"backbone": "resnet10_quarter", "lr": 2e-3, "warmup": 1.0}, "gpu": {"backbone": "resnet50", "trainable_layers": 3, "lr": 1e-4}}
+BUDGET = {"processor": {"backbone": "resnet10_quarter", "lr": 2e-3, "warmup": 1.0},
+          "gpu": {"backbone": "resnet50", "trainable_layers": 3, "lr": 1e-4}}
 
 
 def main(config: Config, run: Run) -> None:
