@@ -1,5 +1,5 @@
 """What a user can mend is one line and exit code 2; what we broke keeps its traceback."""
-import contextlib, io, sys
+import contextlib, io, os, sys
 from collections.abc import Iterator
 
 
@@ -7,11 +7,23 @@ class UserError(Exception):
   """Bad input from outside: the message is one line that names the file, flag or field, and the mend."""
 
 
-class _Pipe(io.FileIO):
-  """A stream whose reader may leave: what is written after that is dropped, and the work goes on."""
-  def write(self, data) -> int:
-    try: return super().write(data)
-    except BrokenPipeError: return len(data)
+class _Pipe(io.TextIOWrapper):
+  """A stream whose reader may leave: what is written after that is dropped, and the work goes on.
+
+  Nothing below it is written in Python, where a signal between a write and its being known would have a line written twice."""
+  def write(self, text: str) -> int:
+    try: return super().write(text)
+    except BrokenPipeError: return self._drop(len(text))
+
+  def flush(self) -> None:
+    try: super().flush()
+    except BrokenPipeError: self._drop(0)
+
+  def _drop(self, length: int) -> int:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self.fileno())   # what is left in the buffers goes there too
+    os.close(nowhere)
+    return length
 
 
 def print_anything() -> None:
@@ -23,8 +35,8 @@ def print_anything() -> None:
     except (AttributeError, OSError, ValueError): continue   # not a file: a test's, a notebook's
     if number not in (1, 2) or stream.isatty(): continue
     stream.flush()
-    pipe = io.BufferedWriter(_Pipe(number, "w", closefd=False))
-    setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
+    pipe = io.BufferedWriter(io.FileIO(number, "w", closefd=False))
+    setattr(sys, name, _Pipe(pipe, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 @contextlib.contextmanager

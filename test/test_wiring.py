@@ -78,7 +78,8 @@ def wired(data, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "evaluate", evaluate)
     monkeypatch.setattr(program, "train_detector", train_detector)
     monkeypatch.setattr(run_module.report, "update", lambda *args: None)
-    config = parse(program.Config, program.PRESETS, ["--data", str(data), *BASE, "--out", str(tmp_path), *map(str, flags)], {}, "folder")
+    start = [] if "--weights" in flags else ["--weights", "none"]   # a folder's default looks for what is published
+    config = parse(program.Config, program.PRESETS, ["--data", str(data), *BASE, *start, "--out", str(tmp_path), *map(str, flags)], {}, "folder")
     run = Run(config, ALONE, config.backbone, 0.0)
     try: program.main(config, run)
     finally: run.close()
@@ -244,7 +245,7 @@ def rates(optimizer, count): return [optimizer.rate(Tensor([float(i)])).item() f
 
 def test_what_the_optimiser_is(wired):
   usual = wired("--epochs", 0).optimizer
-  assert (usual.kind, usual.clip_norm, usual.ema_decay, usual.loss_scale) == ("adamw", 0.0, 0.0, None)
+  assert (usual.kind, usual.clip_norm, usual.ema_decay, usual.loss_scale) == ("adamw", 10.0, 0.0, None)
   seen = wired("--epochs", 0, "--optimizer", "sgd", "--momentum", 0.7, "--weight-decay", 0.02, "--norm-weight-decay", 0.003, "--clip-norm", 1.5,
                "--ema", 0.9)
   o = seen.optimizer
