@@ -6,7 +6,7 @@ from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.parts import take
 
-_numpy = take("tinygrad.dtype:_to_np_dtype", instead="weights are put on the device as they come, and cast there")
+_numpy = take("tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:_from_np_dtype", instead="weights are put on the device as they come, and cast there")
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
@@ -62,5 +62,14 @@ def set_values(tensor: Tensor, values: np.ndarray) -> None:
   values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
   is_param = tensor.is_param
   # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-  new = Tensor(values, device=tensor.device or Device.DEFAULT)
+  device = tensor.device or Device.DEFAULT
+  new = in_memory(values) if _numpy and device == "CPU" and values.size else Tensor(values, device=device)
   tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param).realize()
+
+
+def in_memory(values: np.ndarray) -> Tensor:
+  """A realised tensor of `values` on the CPU, copied there: tinygrad would schedule the copy, which takes several times as long as it."""
+  tensor = Tensor.empty(*values.shape, dtype=_numpy[1](values.dtype), device="CPU")
+  memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
+  np.copyto(np.frombuffer(memory, values.dtype).reshape(values.shape), values)
+  return tensor
