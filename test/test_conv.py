@@ -4,7 +4,7 @@ import numpy as np, pytest
 from tinygrad import Context, Device, Tensor, codegen, dtypes
 from tinygrad.engine import realize
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from tinydet.nn import conv_cpu
+from tinydet.nn import kernel_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
@@ -168,7 +168,7 @@ def test_silu_inside_the_convolution(shape, stride, groups):
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 3, 4, 7, 8, 11)], ids=str)
 def test_what_devices_other_than_processors_compute(case, monkeypatch):
   """Without the kernels in C: both gradients as convolutions, strides by phases."""
-  monkeypatch.setattr(conv_cpu, "fits", lambda x, weight: False)
+  monkeypatch.setattr(kernel_cpu, "fits", lambda x, weight: False)
   *_, stride, padding, groups = case
   x, w, bias, r, out, back = draw(case)
   tensors = [Tensor(a) for a in (x, w, bias)]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit
 from tinydet.runtime import cpu as cores
+from tinydet.runtime.devices import to_host
 from tinydet.runtime.graphs import jit
 
 pytestmark = pytest.mark.skipif(Device.DEFAULT != "CPU", reason="is about the CPU device")
@@ -61,6 +62,15 @@ def test_a_captured_function_uses_all_cores_whoever_asks(monkeypatch):
   monkeypatch.setattr(device, "graph", None)
   jit(lambda x: (x + 1).contiguous())(Tensor.ones(4).contiguous().realize())
   assert device.runtime_t is cores.ThreadedProgram and device.graph is cores.CPUGraph
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "int32", "bool"])
+def test_what_leaves_the_device_is_what_is_there(dtype):
+  values = np.arange(12).reshape(3, 4) % 2 if dtype == "bool" else np.arange(12).reshape(3, 4)
+  whole = Tensor(values.astype(np.float32)).cast(dtype).clone().realize()
+  for tensor in (whole, whole[1:, 2:], whole.reshape(-1)[5:6].reshape(())):
+    np.testing.assert_array_equal(found := to_host(tensor), tensor.numpy())
+    assert found.dtype == tensor.numpy().dtype and found.shape == tensor.shape
 
 
 def test_debug_2_shows_each_kernel():

@@ -51,6 +51,33 @@ class Classifier:
     return found is not None
 
 
+class Layered(Classifier):
+  """One list `features` of layers, each of which keeps the picture's size or halves it, and a classifier of the last one's means."""
+  features: list[Layer]
+  classifier: Layer
+  ends: tuple[int, ...]   # the numbers of the last layers at strides 2, 4, 8, 16, 32
+
+  def cut(self, strides: list[int], channels: list[int]) -> None:
+    """Find the last layer of each resolution, given stride and channels of all layers."""
+    self.ends = (*(i - 1 for i, stride in enumerate(strides) if stride == 2 and i), len(strides) - 1)
+    self.stages = [tuple(f"features.{i}." for i in range(first + 1, last + 1)) for first, last in zip((-1, *self.ends), self.ends)]
+    self.out_channels = tuple(channels[i] for i in self.ends[2:])
+
+  def feature_maps(self, x: Tensor) -> list[Tensor]:
+    maps = [x := layer(x) for layer in self.features]
+    return [maps[i] for i in self.ends[2:]]
+
+  def __call__(self, x: Tensor) -> Tensor: return self.classifier(self.feature_maps(x)[-1].mean((2, 3)))
+
+  def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
+    if len(shape) == 4: return init.kaiming_normal_fan_out
+    return self.class_weights(shape) if len(shape) == 2 else init.normalization(key)
+
+  def class_weights(self, shape: tuple[int, ...]) -> init.Draw:
+    """Of the linear layers."""
+    return init.normal(0.01)
+
+
 def through(layers: Sequence[Layer], x: Tensor) -> Tensor:
   """`x` through `layers`, one after the other."""
   for layer in layers: x = layer(x)

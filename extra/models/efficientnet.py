@@ -2,7 +2,7 @@
 import math
 from functools import partial
 from tinygrad import Tensor
-from tinydet.models.classifier import Block, Classifier, ConvNorm, MakeNorm, SqueezeExcitation, classifier_of, divisible, norm_of
+from tinydet.models.classifier import Block, ConvNorm, Layered, MakeNorm, SqueezeExcitation, classifier_of, divisible, norm_of
 from tinydet.nn import init
 from tinydet.nn.layers import silu, stochastic_depth
 
@@ -34,7 +34,7 @@ class MBConv:
   def __call__(self, x: Tensor) -> Tensor: return (stochastic_depth(self.block(x), self.dropped) + x).contiguous() if self.add else self.block(x)
 
 
-class EfficientNet(Classifier):
+class EfficientNet(Layered):
   """Stages of blocks as `settings` has them. The last convolution, to `last_channels`, belongs to C5."""
   last = ("classifier.1",)
 
@@ -50,20 +50,10 @@ class EfficientNet(Classifier):
       strides.append(stride)
     last_channels = last_channels or 4 * widths[-1]
     self.features.append(ConvNorm(widths[-1], last_channels, 1, make, silu))
-    self.ends = (*(i - 1 for i, stride in enumerate(strides) if stride == 2 and i), len(strides))
-    self.stages = [tuple(f"features.{i}." for i in range(first + 1, end + 1)) for first, end in zip((-1, *self.ends), self.ends)]
-    self.out_channels = tuple([*widths, last_channels][i] for i in self.ends[2:])
+    self.cut([*strides, 1], [*widths, last_channels])
     vars(self).update(classifier_of(last_channels, num_classes, share))
 
-  def feature_maps(self, x: Tensor) -> list[Tensor]:
-    maps = [x := layer(x) for layer in self.features]
-    return [maps[i] for i in self.ends[2:]]
-
-  def __call__(self, x: Tensor) -> Tensor: return self.classifier(self.feature_maps(x)[-1].mean((2, 3)))
-
-  def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
-    if len(shape) == 4: return init.kaiming_normal_fan_out
-    return init.uniform(1 / math.sqrt(shape[0])) if len(shape) == 2 else init.normalization(key)
+  def class_weights(self, shape: tuple[int, ...]) -> init.Draw: return init.uniform(1 / math.sqrt(shape[0]))
 
 
 def _scaled(width: float, depth: float) -> tuple:

@@ -1,8 +1,7 @@
 """MobileNet v2 (Sandler et al. 2018) and v3 (Howard et al. 2019), with torchvision's `state_dict` keys."""
 from functools import partial
 from tinygrad import Tensor
-from tinydet.models.classifier import Block, Classifier, ConvNorm, MakeNorm, SqueezeExcitation, classifier_of, divisible, dropout, norm_of
-from tinydet.nn import init
+from tinydet.models.classifier import Block, ConvNorm, Layered, MakeNorm, SqueezeExcitation, classifier_of, divisible, dropout, norm_of
 from tinydet.nn.layers import Conv2d, Linear, hard_sigmoid, hard_swish, relu, relu6
 
 
@@ -29,28 +28,7 @@ class InvertedResidualV3:
   def __call__(self, x: Tensor) -> Tensor: return (x + self.block(x)).contiguous() if self.add else self.block(x)
 
 
-class MobileNet(Classifier):
-  """`ends` are the numbers of the last layers at strides 2, 4, 8, 16, 32."""
-  ends: tuple[int, ...]
-
-  def _cut(self, strides: list[int], channels: list[int]) -> None:
-    """Find the last layer of each resolution, given stride and channels of all layers."""
-    self.ends = (*(i - 1 for i, stride in enumerate(strides) if stride == 2 and i), len(strides) - 1)
-    self.stages = [tuple(f"features.{i}." for i in range(first + 1, last + 1)) for first, last in zip((-1, *self.ends), self.ends)]
-    self.out_channels = tuple(channels[i] for i in self.ends[2:])
-
-  def feature_maps(self, x: Tensor) -> list[Tensor]:
-    maps = [x := layer(x) for layer in self.features]
-    return [maps[i] for i in self.ends[2:]]
-
-  def __call__(self, x: Tensor) -> Tensor: return self.classifier(self.feature_maps(x)[-1].mean((2, 3)))
-
-  def init_rule(self, key: str, shape: tuple[int, ...]) -> init.Draw:
-    if len(shape) == 4: return init.kaiming_normal_fan_out
-    return init.normal(0.01) if len(shape) == 2 else init.normalization(key)
-
-
-class MobileNetV2(MobileNet):
+class MobileNetV2(Layered):
   """Seventeen inverted residuals."""
   last = ("classifier.1",)
   # expansion, channels, blocks, stride
@@ -65,7 +43,7 @@ class MobileNetV2(MobileNet):
         strides.append(stride if i == 0 else 1)
         channels.append(width)
     self.features.append(ConvNorm(320, 1280, 1, make, relu6))
-    self._cut([*strides, 1], [*channels, 1280])
+    self.cut([*strides, 1], [*channels, 1280])
     vars(self).update(classifier_of(1280, num_classes, 0.2))
 
 
@@ -79,7 +57,7 @@ SMALL = ((3, 16, 16, True, "RE", 2), (3, 72, 24, False, "RE", 2), (3, 88, 24, Fa
          (5, 288, 96, True, "HS", 2), (5, 576, 96, True, "HS", 1), (5, 576, 96, True, "HS", 1))
 
 
-class MobileNetV3(MobileNet):
+class MobileNetV3(Layered):
   """Inverted residuals as `settings` has them; `last_channels` are the features before the classes."""
   last = ("classifier.3",)
 
@@ -91,7 +69,7 @@ class MobileNetV3(MobileNet):
       channels.append(setting[2])
     width = 6 * channels[-1]
     self.features.append(ConvNorm(channels[-1], width, 1, make, hard_swish))
-    self._cut([2, *(setting[-1] for setting in settings), 1], [*channels, width])
+    self.cut([2, *(setting[-1] for setting in settings), 1], [*channels, width])
     if num_classes is not None: self.classifier = Block([Linear(width, last_channels), hard_swish, dropout(0.2), Linear(last_channels, num_classes)])
 
 

@@ -4,7 +4,7 @@ tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The i
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
 from tinygrad import Tensor, UOp, function
 from tinygrad.dtype import DType
-from tinydet.nn import conv_cpu
+from tinydet.nn import conv_cpu, kernel_cpu
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
@@ -49,7 +49,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
   Args: `x` [B,Cin,H,W]; `weight` [Cout,Cin/groups,KH,KW], of one dtype; `bias` [Cout] or None, of that dtype or float32. Returns [B,Cout,OH,OW] of
   `dtype`, by default that of `x`; the bias is added before rounding to it, and with `silu` x / (1 + exp(-x)) taken of each number. Sides are cropped
   as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
-  if conv_cpu.fits(x, weight):
+  if kernel_cpu.fits(x, weight):
     return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups, silu).cast(dtype or x.dtype)
   size = x.shape[2:]
 

@@ -10,7 +10,7 @@ window reaches over the end of a row is left out; in gradients it meets zeros.""
 import functools, math
 from tinygrad import Tensor, UOp
 from tinydet.nn import winograd_cpu
-from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, fits, parts_of, run  # noqa: F401 fits is asked for here
+from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.

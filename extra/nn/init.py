@@ -62,13 +62,14 @@ def set_values(tensor: Tensor, values: np.ndarray) -> None:
   values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
   is_param = tensor.is_param
   # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-  device = tensor.device or Device.DEFAULT
-  new = in_memory(values) if _numpy and device == "CPU" and values.size else Tensor(values, device=device)
+  new = put(values, tensor.device or Device.DEFAULT)
   tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param).realize()
 
 
-def in_memory(values: np.ndarray) -> Tensor:
-  """A realised tensor of `values` on the CPU, copied there: tinygrad would schedule the copy, which takes several times as long as it."""
+def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
+  """A realised tensor of host `values` on `device`. On the CPU they are copied to its memory: tinygrad would schedule the copy, which takes several
+  times as long as it."""
+  if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device).realize()
   tensor = Tensor.empty(*values.shape, dtype=_numpy[1](values.dtype), device="CPU")
   memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
   np.copyto(np.frombuffer(memory, values.dtype).reshape(values.shape), values)

@@ -3,13 +3,13 @@ import dataclasses, os
 import numpy as np
 from tinygrad import Device, Tensor
 from tinydet.errors import UserError
+from tinydet.nn.init import put
 from tinydet.parts import take
 from tinydet.runtime.mpi import Ranks, on_host
 
 
 _default = take("tinygrad.helpers:DEV", instead="processes of one machine need a CUDA_VISIBLE_DEVICES of their own each")
-_parts = take("tinygrad.dtype:_from_np_dtype", "tinygrad.dtype:_to_np_dtype", "tinygrad:UOp.has_buffer_identity",
-              instead="batches are copied to the CPU device the slow way")
+_parts = take("tinygrad.dtype:_to_np_dtype", "tinygrad:UOp.has_buffer_identity", instead="results are copied from the CPU device the slow way")
 
 
 def devices(count: int) -> tuple[str, ...]:
@@ -51,22 +51,13 @@ def replicate(tensors: list[Tensor], names: tuple[str, ...]) -> None:
 def to_devices(array: np.ndarray, names: tuple[str, ...]) -> Tensor:
   """Host [B,...] -> a realised tensor whose first axis is divided among the devices; B must be a multiple of their number."""
   array = np.ascontiguousarray(array)
-  if len(names) > 1: return Tensor(array).shard(names, axis=0).realize()
-  if not _parts or names[0] != "CPU": return Tensor(array, device=names[0]).realize()
-  # tinygrad schedules a copy, which takes several times as long as it
-  tensor = Tensor.empty(*array.shape, dtype=_parts[0](array.dtype), device="CPU")
-  if array.size: np.copyto(_memory(tensor, array.dtype), array)
-  return tensor
+  return put(array, names[0]) if len(names) == 1 else Tensor(array).shard(names, axis=0).realize()
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
   """A copy of a realised tensor's values."""
   if not _parts or tensor.device != "CPU" or not tensor.numel() or not tensor.uop.has_buffer_identity(): return tensor.numpy()
-  dtype = _parts[1](tensor.dtype)
-  return tensor.numpy() if dtype is None else _memory(tensor, np.dtype(dtype)).copy()   # numpy has no bfloat16
-
-
-def _memory(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-  """The memory of a whole tensor on the CPU."""
-  buffer = tensor.uop.base.buffer.ensure_allocated()
-  return np.frombuffer(buffer.as_memoryview(force_zero_copy=True), dtype).reshape(tensor.shape)
+  dtype = np.dtype(_parts[0](tensor.dtype))
+  if dtype.itemsize != tensor.dtype.itemsize: return tensor.numpy()   # numpy has no bfloat16, float32 stands for it
+  memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
+  return np.frombuffer(memory, dtype).reshape(tensor.shape).copy()
