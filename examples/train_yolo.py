@@ -1,4 +1,4 @@
-"""Train a YOLO in tinygrad: v5u, v6 and v8 to 26, of any size.
+"""Train a YOLO in tinygrad: v3 to 26, of any size.
 
 With no arguments it fine-tunes the small YOLO that ships with the code to shapes it has never seen: a few minutes on a laptop's processor.
 With `--data FOLDER` it trains on yours: COCO, Pascal VOC, YOLO or what an annotation program wrote, whichever is there (docs/layouts.md).
@@ -16,7 +16,7 @@ from tinydet.training.run import Run, launch
 
 @dataclass
 class Config(DetectionConfig):
-  model: str = option("yolov8n", "the network", choices=yolo.TRAINABLE, group="model")
+  model: str = option("yolov8n", "the network", choices=yolo.NAMES, group="model")
 
 
 AUGMENT = {"mosaic": 1.0, "zoom": 0.5, "shift": 0.1, "hsv": True}
@@ -52,7 +52,8 @@ def main(config: Config, run: Run) -> None:
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop
-  # YOLO's losses are in extra/detectors/yolo.py: cells learn the boxes that they already answer for (assigners.py), by what yolo_losses.py says.
+  # YOLO's losses are in extra/detectors/yolo.py: cells learn the boxes that they already answer for (assigners.py), by what yolo_losses.py says,
+  # and anchors what anchor_losses.py says.
   train_detector(run, detector, fit, data, {}, notes)
 
 

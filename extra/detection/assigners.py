@@ -80,19 +80,21 @@ def fcos(points: Tensor, strides: Tensor, limits: tuple[Tensor, Tensor], boxes: 
   return Assigned(index, (index >= 0).where((across * down).sqrt(), 0).contiguous())
 
 
-def simota(points: Tensor, strides: Tensor, predicted: Tensor, cost: Tensor, boxes: Tensor, labels: Tensor, *, radius: float = 1.5) -> Assigned:
+def simota(points: Tensor, strides: Tensor, predicted: Tensor, cost: Tensor, boxes: Tensor, labels: Tensor, *, radius: float = 1.5,
+           wanted: Tensor | None = None) -> Assigned:
   """SimOTA (Ge et al. 2021, section 2.3): each box takes the cells of lowest cost, as many as the ten best IoUs among the candidates add up to, at
   least one; of several boxes a cell learns the one of lowest cost. Candidates are the cells within `radius` strides of the centre of any box. The
   quality is the IoU of the prediction.
 
   Args: `points` f32 [N,2] and `strides` f32 [N]; `predicted` f32 [B,N,4] xyxy pixels; `cost` f32 [B,M,N] of classification (see
-  `classification_cost`), to which 3 (-log IoU) and 100,000 where the cell is outside the box's own radius are added."""
+  `classification_cost`), to which 3 (-log IoU) and a million where the cell is outside the box's own radius are added. With `wanted` bool [B,M,N]
+  candidates are the cells that any box wants, none is outside, and points are not looked at (YOLOv7)."""
   valid = (labels >= 0).unsqueeze(-1)
-  central = (_central(points, strides, boxes, radius) & valid).contiguous()
+  central = ((_central(points, strides, boxes, radius) if wanted is None else wanted) & valid).contiguous()
   candidate = (central.any(1, keepdim=True) & valid).contiguous()
   overlap = candidate.where(similarity(boxes.unsqueeze(2), predicted.unsqueeze(1), "iou"), 0).contiguous()
-  # Float32 is coarse at the official penalty of a million: what is outside ranks by the same numbers here, a step finer.
-  total = candidate.where(cost - 3 * (overlap + 1e-8).log() + central.where(0, 1e6), float("inf")).contiguous()
+  if wanted is None: cost = cost + central.where(0, 1e6)
+  total = candidate.where(cost - 3 * (overlap + 1e-8).log(), float("inf")).contiguous()
   count = largest(overlap, CANDIDATES).where(overlap, 0).sum(2, keepdim=True).cast(dtypes.int32).maximum(1)
   index = owner(largest(-total, CANDIDATES, count.contiguous()) & candidate, -total)
   return Assigned(index, (index >= 0).where(_own(overlap, index), 0).contiguous())
@@ -104,6 +106,37 @@ def classification_cost(probabilities: Tensor, labels: Tensor) -> Tensor:
   others = -q.sum(2).contiguous()
   change = (q - p).transpose(1, 2).contiguous()
   return others.unsqueeze(1) + change.gather(1, labels.maximum(0).unsqueeze(-1).expand(*labels.shape, p.shape[1]))
+
+
+def near_shapes(cells: Tensor, strides: Tensor, anchors: Tensor, boxes: Tensor, labels: Tensor, *, limit: float = 4.0) -> tuple[Tensor, Tensor]:
+  """YOLOv5's rule: bool [B,M,N], which anchors may learn which box, and f32 [B,M,N], how many times longer or shorter than the box its worse side is.
+
+  That is less than `limit`, and the cell is that of the box's centre, or its neighbour beside, above or below that is nearest to the centre.
+
+  Args: `cells` f32 [2,N], column and row of each anchor's cell, `strides` f32 [N], `anchors` f32 [N,2], w and h in pixels."""
+  away, own = _from_centre(cells, strides, boxes)
+  size = (boxes[..., 2:] - boxes[..., :2]).unsqueeze(2)
+  ratios = [(size[..., i] / anchors[:, i]) for i in range(2)]
+  worst = ratios[0].maximum(1 / ratios[0]).maximum(ratios[1].maximum(1 / ratios[1])).contiguous()
+  near = (own[0] & (away[1] < 1)) | (own[1] & (away[0] < 1))
+  return (near & (worst < limit) & (labels >= 0).unsqueeze(-1)).contiguous(), worst
+
+
+def best_shape(cells: Tensor, strides: Tensor, anchors: Tensor, shapes: Tensor, boxes: Tensor, labels: Tensor, *, also: float = 1.0) -> Assigned:
+  """darknet's rule (Redmon & Farhadi 2018, section 2.1): in the cell of its centre the anchor learns a box whose shape is most alike, that is, whose
+  IoU with it about one centre is the largest of all `shapes`; and every other anchor of more than `also` (YOLOv4: 0.213). Of several boxes an anchor
+  learns the one most alike. The quality is 1.
+
+  Args: as `near_shapes`; `shapes` f32 [A,2] are those of all levels, of which `anchors` has one for each candidate."""
+  size = (boxes[..., 2:] - boxes[..., :2]).unsqueeze(2)
+  def alike(shape: Tensor) -> Tensor:
+    shared = size[..., 0].minimum(shape[:, 0]) * size[..., 1].minimum(shape[:, 1])
+    return shared / (size[..., 0] * size[..., 1] + shape[:, 0] * shape[:, 1] - shared)
+  _, own = _from_centre(cells, strides, boxes)
+  best = shapes[alike(shapes).contiguous().argmax(-1)].contiguous().unsqueeze(2)   # [B,M,1,2]; two levels may have it
+  wanted = ((best == anchors).all(-1) | (alike(anchors) > also)) & own[0] & own[1] & (labels >= 0).unsqueeze(-1)
+  index = owner(wanted.contiguous(), wanted.where(alike(anchors), -1).contiguous())
+  return Assigned(index, (index >= 0).cast(dtypes.float32))
 
 
 def targets(assigned: Assigned, boxes: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +199,13 @@ def _widened(boxes: Tensor, smallest: float) -> Tensor:
   if not smallest: return boxes
   middle, half = (boxes[..., :2] + boxes[..., 2:]) * 0.5, ((boxes[..., 2:] - boxes[..., :2]) * 0.5).maximum(smallest / 2)
   return (middle - half).cat(middle + half, dim=-1).contiguous()
+
+
+def _from_centre(cells: Tensor, strides: Tensor, boxes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+  """Along x and y, [B,M,N] each: how many strides a box's centre is from that of a cell of `cells` [2,N], and whether it is in that column or row."""
+  middle = ((boxes[..., :2] + boxes[..., 2:]) * 0.5).unsqueeze(2)
+  places = [middle[..., i] / strides for i in range(2)]
+  return [(place - cells[i] - 0.5).abs() for i, place in enumerate(places)], [place.floor() == cells[i] for i, place in enumerate(places)]
 
 
 def _central(points: Tensor, strides: Tensor, boxes: Tensor, radius: float) -> Tensor:

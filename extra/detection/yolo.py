@@ -49,13 +49,20 @@ def decode_anchors(levels: Sequence[Tensor], anchors: Tensor, strides: Sequence[
 def _decode_level(x: Tensor, anchors: Tensor, stride: int, scale_xy: float | None) -> tuple[Tensor, Tensor, Tensor]:
   """Of one level and its anchors [3,2]: boxes [B,n,4], objectness [B,n,1] and scores [B,n,K]."""
   batch, channels, rows, columns = x.shape
-  x, a = x.reshape(batch, 3, channels // 3, rows, columns), 2.0 if scale_xy is None else scale_xy
+  x = x.reshape(batch, 3, channels // 3, rows, columns)
   def flat(values: Tensor) -> Tensor: return values.permute(0, 1, 3, 4, 2).reshape(batch, 3 * rows * columns, -1)
   cell, size = cells((rows, columns), (1,))[0].reshape(1, 1, 2, rows, columns), anchors.reshape(1, 3, 2, 1, 1)
-  centre = (x[:, :, :2].sigmoid() * a - (a - 1) / 2 + cell) * stride
-  half = ((x[:, :, 2:4].sigmoid() * 2).square() if scale_xy is None else x[:, :, 2:4].exp()) * size * 0.5
+  centre, half = centre_and_half(x[:, :, :2], x[:, :, 2:4], cell, stride, size, scale_xy)
   present = x[:, :, 4:5].sigmoid()
   return flat((centre - half).cat(centre + half, dim=2)), flat(present), flat(x[:, :, 5:].sigmoid() * present)
+
+
+def centre_and_half(xy: Tensor, wh: Tensor, cell: Tensor, stride: Tensor | float, anchor: Tensor,
+                    scale_xy: Tensor | float | None) -> tuple[Tensor, Tensor]:
+  """Centre and half the sides, in pixels, that the logits `xy` and `wh` say of an anchor (w, h in pixels) in a cell; see `decode_anchors`."""
+  a = 2.0 if scale_xy is None else scale_xy
+  size = (wh.sigmoid() * 2).square() if scale_xy is None else wh.exp()
+  return (xy.sigmoid() * a - (a - 1) / 2 + cell) * stride, size * anchor * 0.5
 
 
 def best_pairs(boxes: Tensor, scores: Tensor, count: int, threshold: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

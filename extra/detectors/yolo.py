@@ -8,15 +8,14 @@ from tinygrad.dtype import DType
 from tinygrad.nn.state import get_parameters
 from tinydet.class_names import COCO80
 from tinydet.detection import yolo as decoding
+from tinydet.detection.anchor_losses import Gains, darknet_losses, ratio_losses
 from tinydet.detection.postprocess import Detections
 from tinydet.detection.yolo_losses import Recipe, side_losses
 from tinydet.detectors.detector import Canvas, Detector, Outputs, Preprocessing
-from tinydet.errors import UserError
 from tinydet.models import yolo
 from tinydet.models.fold import fold
 
 NAMES = yolo.NAMES
-TRAINABLE = tuple(name for name in NAMES if yolo.facts(name).decode == "sides")   # whose losses are here
 GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
 TOPK = 30_000            # of a picture's pairs of candidate and class that NMS looks at, as in the official programs
 
@@ -26,6 +25,7 @@ RECIPES = {"yolov6n": (Recipe(2.5, 1.0, 0.5, "siou", "iou", 13, 1.0, varifocal=T
            "yolov10": (Recipe(), Recipe(topk=1)),
            "yolo26": (Recipe(plain_sides=True), Recipe(plain_sides=True, topk=7, last_topk=1, smallest=16.0)),
            "": (Recipe(),)}
+V5, V7 = Gains(), Gains(objectness=0.7, classes=0.3, simota=True)
 FIRST_SHARE, LAST_SHARE = 0.8, 0.1   # of YOLO26's one-to-many loss, at a run's beginning and end; the rest is the one-to-one head's
 
 
@@ -57,8 +57,8 @@ class Yolo(Detector):
 
   def losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
     """As in `Detector`; the parts are those of all heads, with their gains and shares, over what scores are wanted. "loss" is their sum times the
-    pictures of the batch (YOLOv6: their sum), as in the families' own programs."""
-    if self.facts.decode != "sides": raise UserError(f"--model {self.name}: its losses are not here; train {', '.join(TRAINABLE)}")
+    pictures of the batch (YOLOv6, darknet: their sum), as in the families' own programs."""
+    if self.facts.decode != "sides": return self._anchor_losses(outputs, boxes, labels, canvas)
     recipes = next(recipe for begins, recipe in RECIPES.items() if self.name.startswith(begins))
     heads = [side_losses(*outputs[2 * i:2 * i + 2], boxes, labels, canvas, self.facts.strides, recipe) for i, recipe in enumerate(recipes)]
     shares = [1.0] * len(heads)
@@ -67,6 +67,15 @@ class Yolo(Detector):
       shares = [share, 1 - share]
     parts = {name: sum((head[name] * share for head, share in zip(heads[1:], shares[1:])), heads[0][name] * shares[0]) for name in heads[0]}
     return {"loss": sum(parts.values()) * (boxes.shape[0] if recipes[0].times_batch else 1)} | parts
+
+  def _anchor_losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
+    """`losses` of a head with anchors."""
+    known, given = self.facts, (outputs, self.anchors(), boxes, labels, canvas, self.facts.strides)
+    if known.decode == "darknet":
+      parts = darknet_losses(*given, known.scale_xy, ciou=self.name.startswith("yolov4"))
+      return {"loss": sum(parts.values())} | parts
+    parts = ratio_losses(*given, V7 if self.name == "yolov7" else V5)
+    return {"loss": sum(parts.values()) * boxes.shape[0]} | parts
 
   def candidates(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
     known = self.facts

@@ -86,6 +86,7 @@ def init_rule(name: str, key: str, shape: tuple[int, ...]) -> init.Draw:
   if re.search(r"detect\.(cls|reg)_preds", key):
     return init.constant(0.0 if key.endswith("weight") else -math.log(99) if "cls_preds" in key else 1.0)
   if re.fullmatch(r"model\.\d+\.m\.\d\.bias", key): return lambda rng, shape: _anchored_bias(shape[0] // 3, known.strides[level])
+  if re.fullmatch(r"model\.\d+\.conv\.bias", key): return lambda rng, shape: _anchored_bias(shape[0] // 3, 16)   # darknet's, of any level
   if key.endswith("gamma"): return init.constant(0.01)
   if key.endswith("alpha"): return init.constant(1.0)
   if len(shape) == 4: return init.uniform(math.sqrt((2 if known.decode == "darknet" else 1) / math.prod(shape[1:])))
