@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinydet import detectors
 from tinydet.config import option
 from tinydet.detection.losses import BOX_LOSSES
+from tinydet.detectors.retinanet import ASSIGNERS
 from tinydet.models import classifiers
 from tinydet.nn.layers import NORMS
 from tinydet.reporting.mlperf import MLPerfLog
@@ -27,6 +28,8 @@ class Config(DetectionConfig):
   fpn_channels: int = option(0, "width of pyramid and heads; 0 is as the backbone has it: 256, 128 of a light one", minimum=0, maximum=1024,
                              group="model")
   box_loss: str = option("l1", "how boxes are compared", choices=tuple(BOX_LOSSES), group="model")
+  assigner: str = option("iou", "which anchor learns which box: that of most overlap, ATSS, task-aligned, SimOTA (extra/detection/assigners.py)",
+                         choices=ASSIGNERS, group="model")
   mlperf_log: bool = option(False, "write mlperf.log for MLCommons' compliance checker (pip install -e '.[mlperf]')", group="run")
 
 
@@ -68,13 +71,14 @@ def main(config: Config, run: Run) -> None:
   norm = config.norm if config.norm != "auto" else "batch" if config.weights == "none" else "frozen"
   # Anchors lie where the cells are, but for weights that learnt torchvision's places.
   detector = detectors.build(network, len(train_set.class_names), norm=norm, seed=config.seed, box_loss=config.box_loss, exact_strides=True,
-                             channels=config.fpn_channels or None)
+                             channels=config.fpn_channels or None, assigner=config.assigner)
   notes = start_from(config, detector, train_set.class_names, run)
   plan.fit_budget(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop
-  # RetinaNet's losses are in extra/detectors/retinanet.py: each anchor learns the box it overlaps most (matcher.py), by focal loss and --box-loss.
+  # RetinaNet's losses are in extra/detectors/retinanet.py: each anchor learns the box it overlaps most (matcher.py), or what --assigner gives it, by
+  # focal loss and --box-loss.
   train_detector(run, detector, fit, data, recipes, notes, observers=[mlperf])
 
 

@@ -21,6 +21,7 @@ SABOTAGES = [   # what is broken; file; old and new text; tests
   ("validation pictures augmented", "extra/training/detection.py", "Loader(val_set, config.bs, fit.resize(),",
    "Loader(val_set, config.bs, compose(*augment),", "test_wiring.py"),
   ("no freezing of stages", "extra/training/detection.py", "detector.freeze(config.trainable_layers)", "detector.freeze(5)", "test_wiring.py"),
+  ("--assigner ignored", "examples/train_retinanet.py", "assigner=config.assigner", "assigner=\"iou\"", "test_wiring.py"),
   ("--box-loss ignored", "examples/train_retinanet.py", "box_loss=config.box_loss", "box_loss=\"l1\"", "test_wiring.py"),
   ("--dtype ignored", "extra/training/detection.py", "detector(images, DTYPES[config.dtype])", "detector(images)", "test_wiring.py"),
   ("no warm-up", "extra/training/trainer.py", "warmup_steps=warmup, last", "warmup_steps=0, last", "test_wiring.py"),

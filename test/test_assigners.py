@@ -2,8 +2,9 @@
 import numpy as np, pytest
 from hypothesis import assume, given, settings, strategies as st
 from tinygrad import Tensor
-from tinydet.detection import assigners
+from tinydet.detection import anchors, assigners
 from tinydet.detection.assigners import Assigned, atss, classification_cost, fcos, simota, targets, task_aligned
+from tinydet.detectors import retinanet
 from yolo_golden import GOLDEN
 
 
@@ -185,3 +186,69 @@ def test_what_an_untrained_network_says_of_a_crowd():
   index, quality = found.index.numpy(), found.quality.numpy()
   assert quality.min() >= 0 and quality.max() <= 1 and (index >= 0).sum() > 50
   for b, n in np.argwhere(index >= 0): assert (GRID[n] > boxes[b, index[b, n], :2]).all() and (GRID[n] < boxes[b, index[b, n], 2:]).all()
+
+
+# ---- under a RetinaNet: nine anchors a place
+
+
+CANVAS = (64, 96)
+
+
+def nine_anchors():
+  """Anchors f32 [A,4] of a canvas, and each one's level."""
+  sizes = anchors.level_sizes(*CANVAS)
+  return anchors.anchors(*CANVAS, exact_strides=True), np.repeat(np.arange(len(sizes)), sizes)
+
+
+def crowd():
+  """Boxes of two pictures: the same twice, one over the border, one smaller than a stride, padding before others."""
+  boxes = np.float32([[[10, 10, 42, 44], [10, 10, 42, 44], [60, 30, 110, 70], [33, 33, 36, 37]],
+                      [[0, 0, 0, 0], [12, 20, 60, 50], [0, 0, 0, 0], [2, 3, 30, 20]]])
+  return boxes, np.int32([[1, 0, 2, 1], [-1, 2, -1, 0]])
+
+
+def test_atss_of_nine_anchors_a_place():
+  places, level = nine_anchors()
+  boxes, labels = crowd()
+  detector = retinanet.build("retinanet_resnet10_quarter_fpn", 3, norm="batch", exact_strides=True, assigner="atss")
+  classes, matched = (t.numpy() for t in detector.assigned((), Tensor(boxes), Tensor(labels), CANVAS))
+  points = (places[:, :2] + places[:, 2:]).astype(np.float64) / 2
+  wanted = np.full((2, 4, len(places)), -1.0)
+  for b, m in np.argwhere(labels >= 0):
+    box = boxes[b, m].astype(np.float64)
+    away = ((points - (box[:2] + box[2:]) / 2) ** 2).sum(1)
+    candidate = []
+    for number in range(5):
+      of_level = np.flatnonzero(level == number).reshape(-1, 9)
+      nearest = sorted(range(len(of_level)), key=lambda i: (round(away[of_level[i, 0]], 6), i))[:9]
+      candidate += of_level[nearest].reshape(-1).tolist()
+    overlap = pairwise_iou(box, places.astype(np.float64))
+    threshold = overlap[candidate].mean() + overlap[candidate].std(ddof=1)
+    inside = ((points > box[:2]) & (points < box[2:])).all(1)
+    chosen = [n for n in candidate if overlap[n] >= threshold and inside[n]]
+    wanted[b, m, chosen] = overlap[chosen]
+  best = np.where(wanted.max(1) >= 0, wanted.argmax(1), -1)
+  assert [(best[b] >= 0).sum() > 5 for b in range(2)] == [True, True]
+  np.testing.assert_array_equal(classes, np.where(best >= 0, np.take_along_axis(labels, best, 1), -1))
+  np.testing.assert_array_equal(matched, np.where(best[..., None] >= 0, np.take_along_axis(boxes, best[..., None], 1), 0))
+
+
+@pytest.mark.parametrize("kind", ["tal", "simota"])
+def test_a_retinanet_learns_by_what_it_predicts(kind):
+  places, level = nine_anchors()
+  boxes, labels = crowd()
+  rng = np.random.default_rng(2)
+  logits, deltas = (rng.standard_normal((2, len(places), n)).astype(np.float32) * 0.3 for n in (3, 4))
+  points, size = (places[:, :2] + places[:, 2:]) / 2, places[:, 2:] - places[:, :2]
+  middle, half = points + deltas[..., :2] * size, np.exp(deltas[..., 2:]) * size / 2
+  predicted, scores = np.concatenate([middle - half, middle + half], -1), 1 / (1 + np.exp(-logits))
+  given = [Tensor(np.float32(x)) for x in (points, predicted, scores, boxes)] + [Tensor(labels)]
+  if kind == "tal": index = task_aligned(*given, topk=13, alpha=1.0, beta=6.0, kind="iou").index.numpy()
+  else:
+    cost = classification_cost(given[2], given[4])
+    index = simota(given[0], Tensor(np.float32(8 * 2 ** level)), given[1], cost, *given[3:]).index.numpy()
+  detector = retinanet.build("retinanet_resnet10_quarter_fpn", 3, norm="batch", exact_strides=True, assigner=kind)
+  classes, matched = (t.numpy() for t in detector.assigned((Tensor(logits), Tensor(deltas)), Tensor(boxes), Tensor(labels), CANVAS))
+  assert (index >= 0).sum() > 10
+  np.testing.assert_array_equal(classes, np.where(index >= 0, np.take_along_axis(labels, index, 1), -1))
+  np.testing.assert_array_equal(matched, np.where(index[..., None] >= 0, np.take_along_axis(boxes, index[..., None], 1), 0))

@@ -221,6 +221,7 @@ def test_norms_and_variants(wired):
     assert wired("--epochs", 0, "--variant", variant).detector.network.backbone.fpn.extra_blocks.p6.weight.shape[1] in (32, source)
   assert wired("--epochs", 0, "--variant", "v2").detector.name == "retinanet_resnet10_quarter_fpn_v2"
   assert wired("--epochs", 0).detector.name == "retinanet_resnet10_quarter_fpn"
+  assert [wired("--epochs", 0, *flags).detector.assigner for flags in ((), ("--assigner", "atss"))] == ["iou", "atss"]
 
 
 def test_losses(wired):

@@ -39,20 +39,22 @@ def task_aligned(points: Tensor, predicted: Tensor, scores: Tensor, boxes: Tenso
 
 
 def atss(points: Tensor, anchors: Tensor, level_sizes: Sequence[int], boxes: Tensor, labels: Tensor, *, topk: int = 9, unbiased: bool = True,
-         yolov6: bool = False) -> Assigned:
+         yolov6: bool = False, per_place: int = 1) -> Assigned:
   """Adaptive training sample selection (Zhang et al. 2019, section 3.3): a box's candidates are on each level the `topk` anchors with the nearest
   centres; those learn it that overlap it by mean + standard deviation of the candidates' IoUs, with their centre inside. Of several boxes an anchor
   learns the one that it overlaps most. The quality is 1.
 
   Args: `points` f32 [N,2], centres, and `anchors` f32 [N,4] xyxy, both in pixels, level by level; `level_sizes` how many each level has; `unbiased`:
   the deviation divides by n - 1. Anchors of the paper have 8 strides a side, YOLOv6's 5; `yolov6`: only an IoU above the threshold is enough, and an
-  anchor that two boxes want goes to the one that it overlaps most, be it a third."""
+  anchor that two boxes want goes to the one that it overlaps most, be it a third. With `per_place` anchors at each place, next to one another, all of
+  the `topk` nearest places are candidates."""
   valid, overlap = (labels >= 0).unsqueeze(-1), iou(boxes, anchors).contiguous()
-  middle = (boxes[..., :2] + boxes[..., 2:]) * 0.5
-  away = (middle.unsqueeze(2) - points).square().sum(-1).contiguous()   # [B,M,N]
-  near = [largest(-level, min(topk, size)) for level, size in zip(away.split(list(level_sizes), dim=2), level_sizes)]
+  middle, places = (boxes[..., :2] + boxes[..., 2:]) * 0.5, [size // per_place for size in level_sizes]
+  away = (middle.unsqueeze(2) - points[::per_place]).square().sum(-1).contiguous()   # [B,M,N / per_place]
+  near = [largest(-level, min(topk, size)) for level, size in zip(away.split(places, dim=2), places)]
   candidate = near[0].cat(*near[1:], dim=2).contiguous()
-  count = sum(min(topk, size) for size in level_sizes)
+  if per_place > 1: candidate = candidate.unsqueeze(-1).expand(*candidate.shape, per_place).reshape(overlap.shape).contiguous()
+  count = sum(min(topk, size) for size in places) * per_place
   mean = candidate.where(overlap, 0).sum(2, keepdim=True) / count
   spread = (candidate.where((overlap - mean.contiguous()).square(), 0).sum(2, keepdim=True) / (count - unbiased)).sqrt()
   threshold = (mean + spread).contiguous()
@@ -139,14 +141,17 @@ def best_shape(cells: Tensor, strides: Tensor, anchors: Tensor, shapes: Tensor, 
   return Assigned(index, (index >= 0).cast(dtypes.float32))
 
 
+def learnt(index: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+  """The labels i32 [B,N] of the boxes that cells learn, -1 for none, and the boxes f32 [B,N,4], 0 where none, of `Assigned.index`."""
+  at, known = index.maximum(0), index >= 0
+  own = boxes.gather(1, at.unsqueeze(-1).expand(*at.shape, 4))
+  return known.where(labels.gather(1, at), -1).cast(dtypes.int32).contiguous(), known.unsqueeze(-1).where(own, 0).contiguous()
+
+
 def targets(assigned: Assigned, boxes: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
   """What cells learn: boxes f32 [B,N,4], 0 where none, and scores f32 [B,N,K], the quality at the box's class."""
-  at = assigned.index.maximum(0)
-  known = assigned.index >= 0
-  own = boxes.gather(1, at.unsqueeze(-1).expand(*at.shape, 4))
-  label = known.where(labels.gather(1, at), -1).contiguous()
-  scores = (label.unsqueeze(-1) == Tensor.arange(num_classes)).where(assigned.quality.unsqueeze(-1), 0)
-  return known.unsqueeze(-1).where(own, 0).contiguous(), scores.contiguous()
+  label, own = learnt(assigned.index, boxes, labels)
+  return own, (label.unsqueeze(-1) == Tensor.arange(num_classes)).where(assigned.quality.unsqueeze(-1), 0).contiguous()
 
 
 def largest(values: Tensor, k: int, count: Tensor | None = None) -> Tensor:

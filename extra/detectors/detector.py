@@ -45,8 +45,6 @@ class Detector:
   sigmoid: ClassVar[bool] = True                       # whether the scores of `candidates` are logits
   usual_size: tuple[int, int] | None = None            # (width, height) where weights do not say what they were trained at
   class_names: list[str] | None = None                 # of its published weights
-  assigners: ClassVar[tuple[str, ...]] = ()
-  recipe: ClassVar[Mapping[str, Any]] = {}             # its own defaults of a trainer's settings
   selection: Mapping[str, Any] = {}                    # its own defaults of `postprocess.select`; None for no suppression at all
   progress: Callable[[], Tensor | float] = staticmethod(lambda: 0.0)   # the share of a training run that is done, on the device
   chosen: np.ndarray | None = None                     # f32 [own classes,K], where it is asked for others than its own (see `choose`)

@@ -1,9 +1,9 @@
-"""RetinaNet (Lin et al. 2017) as a detector: nine anchors a place, focal loss, one of three box losses."""
+"""RetinaNet (Lin et al. 2017) as a detector: nine anchors a place, focal loss, one of three box losses, one of four ways to say who learns what."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
-from tinydet.detection import anchors, postprocess
+from tinydet.detection import anchors, assigners, postprocess
 from tinydet.detection.boxes import decode
 from tinydet.detection.losses import detection_losses
 from tinydet.detection.matcher import match
@@ -11,13 +11,16 @@ from tinydet.detectors.detector import Canvas, Detector, Outputs
 from tinydet.models import classifiers, retinanet
 from tinydet.weights.weights import select_classes
 
+ASSIGNERS = ("iou", "atss", "tal", "simota")
 NAMES = tuple(f"retinanet_{backbone}_fpn{variant}" for backbone in classifiers.NAMES for variant in ("", "_v2"))
 
 
 class RetinaNet(Detector):
-  """Outputs are (cls_logits [B,A,K], bbox_regression [B,A,4]). `exact_strides` puts anchors where the cells are (see `anchors.anchors`)."""
+  """Outputs are (cls_logits [B,A,K], bbox_regression [B,A,4]). `exact_strides` puts anchors where the cells are (see `anchors.anchors`),
+  `assigner` is one of `ASSIGNERS`, how anchors are given the boxes that they learn."""
   def __init__(self, name: str, num_classes: int, norm: str | None = None, seed: int = 0, box_loss: str = "l1", exact_strides: bool = False,
-               channels: int | None = None):
+               channels: int | None = None, assigner: str = "iou"):
+    self.assigner = assigner
     self.name, self.num_classes, self.norm, self.box_loss, self.exact_strides = name, num_classes, norm, box_loss, exact_strides
     self.network = retinanet.build(name, num_classes, norm, seed, channels)
     self._anchors: dict[Canvas, Tensor] = {}
@@ -46,9 +49,28 @@ class RetinaNet(Detector):
     return {f"P{n}": 2 ** n for n in anchors.LEVELS} if layer == "pyramid" else {f"C{n}": 2 ** n for n in anchors.LEVELS[:3]}
 
   def losses(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> dict[str, Tensor]:
-    classes, matched = match(self.anchors(canvas), boxes, labels)
+    classes, matched = self.assigned(outputs, boxes, labels, canvas)
     classification, regression = detection_losses(*outputs, self.anchors(canvas), classes, matched, self.box_loss)
     return {"loss": classification + regression, "classification": classification, "bbox_regression": regression}
+
+  def assigned(self, outputs: Outputs, boxes: Tensor, labels: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    """Classes i32 [B,A] and boxes f32 [B,A,4] that anchors learn (see `match`), by the assigner: of most overlap (`matcher.py`), ATSS of all nine
+    anchors of a place, task alignment as in its paper (13 best, by score times the sixth power of the IoU), or SimOTA."""
+    places = self.anchors(canvas)
+    if self.assigner == "iou": return match(places, boxes, labels)
+    points = ((places[:, :2] + places[:, 2:]) * 0.5).contiguous()
+    if self.assigner == "atss":
+      found = assigners.atss(points, places, anchors.level_sizes(*canvas), boxes, labels, per_place=anchors.PER_POSITION)
+    else:
+      scores, predicted = outputs[0].detach().float().sigmoid().contiguous(), decode(outputs[1].detach().float(), places).contiguous()
+      if self.assigner == "tal": found = assigners.task_aligned(points, predicted, scores, boxes, labels, topk=13, alpha=1.0, beta=6.0, kind="iou")
+      else: found = assigners.simota(points, self._strides(canvas), predicted, assigners.classification_cost(scores, labels), boxes, labels)
+    return assigners.learnt(found.index, boxes, labels)
+
+  def _strides(self, canvas: Canvas) -> Tensor:
+    """f32 [A], of each anchor's level."""
+    parts = [Tensor.full((size,), float(2 ** level)) for level, size in zip(anchors.LEVELS, anchors.level_sizes(*canvas))]
+    return parts[0].cat(*parts[1:]).contiguous()
 
   def candidates(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
     return outputs[0], decode(outputs[1].float(), self.anchors(canvas).to(outputs[1].device))
