@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from tinygrad import Tensor
 from tinydet.errors import UserError
 from tinydet.nn import init
-from tinydet.nn.layers import NORMS, Conv2d, Linear, relu
+from tinydet.nn.layers import NORMS, Conv2d, Linear, normed, relu
 
 Layer = Callable[[Tensor], Tensor]
 MakeNorm = Callable[[int], Layer]
@@ -100,8 +100,7 @@ class ConvNorm(list):
     self.act = act
 
   def __call__(self, x: Tensor) -> Tensor:
-    x = self[1](self[0](x))
-    return (x if self.act is None else self.act(x)).contiguous()
+    return normed(self[1], self[0](x), self.act).contiguous()
 
 
 class NormedConv:
@@ -111,7 +110,7 @@ class NormedConv:
     self.conv, self.bn = Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False), norm(out_channels)
 
   def __call__(self, x: Tensor, cover: bool = False) -> Tensor:
-    return self.bn(self.conv.covering(x) if cover else self.conv(x)).relu().contiguous()
+    return normed(self.bn, self.conv.covering(x) if cover else self.conv(x), relu).contiguous()
 
 
 class SqueezeExcitation:

@@ -4,7 +4,7 @@ from functools import partial
 from tinygrad import Tensor
 from tinydet.models.classifier import Classifier
 from tinydet.nn import init
-from tinydet.nn.layers import NORMS, Conv2d, Linear
+from tinydet.nn.layers import NORMS, Conv2d, Linear, normed, relu
 from tinydet.nn.pool import max_pool
 
 
@@ -18,7 +18,7 @@ class BasicBlock:
     self.downsample = _downsample(in_channels, channels, stride, norm)
 
   def __call__(self, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x)).contiguous().relu()
+    out = normed(self.bn1, self.conv1(x), relu).contiguous()
     return (self.bn2(self.conv2(out)) + x.sequential(self.downsample)).contiguous().relu()
 
 
@@ -34,8 +34,8 @@ class Bottleneck:
     self.downsample = _downsample(in_channels, out_channels, stride, norm)
 
   def __call__(self, x: Tensor) -> Tensor:
-    out = self.bn1(self.conv1(x)).contiguous().relu()
-    out = self.bn2(self.conv2(out)).contiguous().relu()
+    out = normed(self.bn1, self.conv1(x), relu).contiguous()
+    out = normed(self.bn2, self.conv2(out), relu).contiguous()
     return (self.bn3(self.conv3(out)) + x.sequential(self.downsample)).contiguous().relu()
 
 
@@ -62,7 +62,7 @@ class ResNet(Classifier):
 
   def features(self, x: Tensor) -> list[Tensor]:
     """C2..C5: [B,channels[i],H/4,W/4] down to [B,channels[3],H/32,W/32], sides rounded up."""
-    x = max_pool(self.bn1(self.conv1(x)).contiguous().relu())
+    x = max_pool(normed(self.bn1, self.conv1(x), relu).contiguous())
     return [x := x.sequential(getattr(self, f"layer{i}")) for i in range(1, 5)]
 
   def feature_maps(self, x: Tensor) -> list[Tensor]: return self.features(x)[1:]

@@ -4,7 +4,7 @@ All take x [B,`in_channels`,H,W] and give [B,`out_channels`,H,W], or half the si
 `out_channels` second in each, so that a network can be a list of blocks (see `tinydet.models.yolo`)."""
 from collections.abc import Callable, Sequence
 from tinygrad import Tensor
-from tinydet.nn.layers import BatchNorm, Conv2d, silu
+from tinydet.nn.layers import BatchNorm, Conv2d, normed, silu
 from tinydet.nn.pool import max_pool, max_pool_same, mean_pool_2x2
 
 Activation = Callable[[Tensor], Tensor]
@@ -37,7 +37,8 @@ class Conv:
 
   def __call__(self, x: Tensor) -> Tensor:
     if self.bn is None and self.act is silu: return self.conv(x, silu=True)
-    x = self.conv(x) if self.bn is None else self.bn(self.conv(x))
+    x = self.conv(x)
+    if self.bn is not None: return normed(self.bn, x, self.act).contiguous()
     return (x if self.act is None else self.act(x)).contiguous()
 
 

@@ -49,13 +49,14 @@ LINEAR = """
 # 2^y as 2^whole * 2^part, the latter, of a number within a half of 0, as seven terms of its series
 SILU = """
 typedef int whole __attribute__((vector_size(4 * LANES), aligned(4)));
-static inline vector silu(vector x) {
+static inline vector above_sigmoid(vector x) {   // 1 + exp(-x)
   vector y = __builtin_elementwise_max(__builtin_elementwise_min(x * -1.44269504f, (vector){0} + 126), (vector){0} - 126);
   whole n = __builtin_convertvector(y + 127.5f, whole) - 127;
   y -= __builtin_convertvector(n, vector);
   vector part = ((((((y * 1.5403530e-4f + 1.3333558e-3f) * y + 9.6181291e-3f) * y + 5.5504109e-2f) * y + 0.24022651f) * y + 0.69314718f) * y + 1);
-  return x / (1 + part * (vector)((n + 127) << 23));
+  return 1 + part * (vector)((n + 127) << 23);
 }
+static inline vector silu(vector x) { return x / above_sigmoid(x); }
 #define ACTIVATED(x) silu(x)
 """
 
@@ -74,30 +75,37 @@ def parts_of(products: int) -> int:
   return max(1, min(NUM_CPU_THREADS.value, products // LEAST_WORK))
 
 
-def c_kernel(name: str, code: str, size: int, products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int], scratch: int = 0) -> Tensor:
-  """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each; `products` are its multiplications.
+def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int],
+             scratch: int = 0) -> Any:
+  """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each, or of several sizes a tuple of such results,
+  where a tensor is one that it changes in place; `products` are its multiplications.
 
-  `code` defines the function NAME(out, scratch, tensors..., core), where `scratch` numbers of memory for a part are asked for, else NAME(out,
+  `code` defines the function NAME(outs..., scratch, tensors..., core), where `scratch` numbers of memory for a part are asked for, else NAME(outs...,
   tensors..., core); `sizes` are the capitals in it."""
   cores = parts_of(products)
+  written = (size,) if isinstance(size, int) else size
+  outs = (*written, cores * scratch) if scratch else written
   source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code
 
   def program(*arguments: UOp) -> UOp:
     core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
-    moved = 4 * (size + sum(t.numel() for t in tensors))
+    moved = 4 * sum(t.numel() if isinstance(t, Tensor) else t for t in (*written, *tensors))
     sink = UOp.sink(arg=KernelInfo(name=name, estimates=Estimates(2 * products, moved, moved)))
-    numbers, outs = tuple(range(len(arguments))), 2 if scratch else 1
-    info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:outs], numbers[outs:], _renderer().target)
+    numbers = tuple(range(len(arguments)))
+    info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:len(outs)], numbers[len(outs):], _renderer().target)
     return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*arguments, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
 
-  def memory(numbers: int) -> Tensor: return Tensor.invalids(numbers, dtype=dtypes.float32, device="CPU")
-  return memory(size).custom_kernel(*([memory(cores * scratch)] if scratch else []), *tensors, fxn=program)[0]
+  first, *rest = (t if isinstance(t, Tensor) else Tensor.invalids(t, dtype=dtypes.float32, device="CPU") for t in outs)
+  results = tuple(first.custom_kernel(*rest, *tensors, fxn=program)[:len(written)])
+  return results[0] if isinstance(size, int) else results
 
 
-def run(make: Callable[..., Tensor], *tensors: Tensor, gradient: Callable | None = None) -> Tensor:
-  """`make(*tensors)`, which is a kernel of them. As a function of its own that makes its own memory, that and `tensors` of one axis: in each other
-  way tinygrad copies the result, or what is assigned to later, as weights are."""
-  return function(make, precompile=True, grad_fxn=gradient)(*map(_row, tensors)).contiguous()   # without which it is run at each use
+def run(make: Callable[..., Any], *tensors: Tensor, gradient: Callable | None = None) -> Any:
+  """`make(*tensors)`, which is a kernel of them, or a tuple of its results. As a function of its own that makes its own memory, that and `tensors` of
+  one axis: in each other way tinygrad copies the result, or what is assigned to later, as weights are."""
+  made = function(make, precompile=True, grad_fxn=gradient)(*map(_row, tensors))
+  # contiguous, or it is run at each use
+  return made.contiguous() if isinstance(made, Tensor) else tuple(t.contiguous() for t in made)
 
 
 def _row(x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.helpers import TRAINING
+from tinydet.nn import norm_cpu
 from tinydet.nn.conv import conv2d
+from tinydet.nn.kernel_cpu import fits
 
 
 class Conv2d:
@@ -104,6 +106,10 @@ def leaky_relu(x: Tensor) -> Tensor:
   return (x > 0).where(x, 0.1 * x)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": relu, "silu": silu}   # that a batch norm may bring along
+_NAMES = {None: "", relu: "relu", Tensor.relu: "relu", silu: "silu"}
+
+
 class FrozenBatchNorm:
   """Batch norm on stored statistics, in training too; nothing in it is learnt (torchvision `FrozenBatchNorm2d`)."""
   def __init__(self, channels: int, eps: float = 1e-5):
@@ -125,21 +131,40 @@ class BatchNorm:
     self.running_mean, self.running_var = Tensor.empty(channels).is_param_(False), Tensor.empty(channels).is_param_(False)
     self.num_batches_tracked = Tensor.empty(dtype=dtypes.int64).is_param_(False)
 
-  def __call__(self, x: Tensor) -> Tensor:
+  def __call__(self, x: Tensor, activation: str = "") -> Tensor:
+    """x [B,C,H,W] normalised, and through an activation of `ACTIVATIONS` where one is named: on processors in the same kernel."""
+    act = ACTIVATIONS[activation]
     if not TRAINING:
       scale = self.weight * (self.running_var + self.eps).rsqrt()
-      return _scale_and_shift(x, scale, self.bias - self.running_mean * scale)
+      return act(_scale_and_shift(x, scale, self.bias - self.running_mean * scale))
+    if fits(x, self.weight):
+      out, mean, variance = norm_cpu.batch_norm(x.cast(dtypes.float32), self.weight, self.bias, self.eps, activation)
+      self._follow(mean, variance, x.numel() // x.shape[1])
+      return out.cast(x.dtype)
     x = x.contiguous()   # read four times: mean, variance, output, gradient
     values = x.cast(dtypes.float32)
     mean = values.mean((0, 2, 3))
     variance = (values - mean.detach().reshape(1, -1, 1, 1)).square().mean((0, 2, 3))  # d variance / d mean is 0
-    count = x.numel() // x.shape[1]
-    # A batch that overflowed leaves the running statistics as they were, as the optimiser leaves the weights.
-    for running, now in ((self.running_mean, mean.detach()), (self.running_var, count / max(count - 1, 1) * variance.detach())):
+    self._follow(mean.detach(), variance.detach(), x.numel() // x.shape[1])
+    scale = self.weight * (variance + self.eps).rsqrt()
+    return act(_scale_and_shift(x, scale, self.bias - mean * scale))
+
+  def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Let the running statistics follow those of a batch, of `count` numbers a channel."""
+    # A batch that overflowed leaves them as they were, as the optimiser leaves the weights.
+    unbiased = count / max(count - 1, 1)
+    running = self.running_mean, self.running_var, self.num_batches_tracked
+    if fits(*running, mean): return norm_cpu.follow(running, mean, variance, self.momentum, unbiased)
+    for running, now in ((self.running_mean, mean), (self.running_var, unbiased * variance)):
       running.assign(now.isfinite().where((1 - self.momentum) * running + self.momentum * now, running))
     self.num_batches_tracked.assign(self.num_batches_tracked + 1)
-    scale = self.weight * (variance + self.eps).rsqrt()
-    return _scale_and_shift(x, scale, self.bias - mean * scale)
+
+
+def normed(norm: Callable[[Tensor], Tensor], x: Tensor, act: Callable[[Tensor], Tensor] | None) -> Tensor:
+  """x through a norm layer and an activation, None for none: in one kernel where the norm brings it along."""
+  if isinstance(norm, BatchNorm) and act in _NAMES: return norm(x, _NAMES[act])
+  x = norm(x)
+  return x if act is None else act(x)
 
 
 class GroupNorm:

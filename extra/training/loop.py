@@ -91,8 +91,8 @@ def _step_of_one(parts: _Parts, calls: Iterator[int]) -> Step:
       gradients = parts.gradient(scalars["loss"])
       # In three parts: the time tinygrad takes to schedule a graph grows faster than its number of assignments, and kernels of one part are compiled
       # while the next is scheduled.
-      Tensor.realize(*scalars.values())
-      Tensor.realize(*gradients, *parts.buffers)
+      Tensor.realize(*scalars.values(), *parts.buffers)   # with which a norm's statistics stay for the gradient
+      Tensor.realize(*gradients)
       changed, logs = parts.optimizer.update(gradients, scalars["loss"])
       with in_place(): return parts.finish("update", scalars | logs, changed)
 

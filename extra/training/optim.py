@@ -3,6 +3,8 @@ import contextlib, math
 from collections.abc import Callable, Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
+from tinydet.nn import update_cpu
+from tinydet.nn.kernel_cpu import fits
 
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
 SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
@@ -88,9 +90,7 @@ class Optimizer:
     factor = None if self.loss_scale is None else 1 / self.loss_scale[:1]
     if self.gain != 1: factor = norm.full_like(self.gain) if factor is None else factor * self.gain
     if self.clip_norm: factor = (self.clip_norm / (norm + 1e-6)).minimum(1) * (1 if factor is None else factor)
-    if factor is not None:
-      factor = factor.contiguous()
-      gradients = [g * factor for g in gradients]
+    if factor is not None: factor = factor.contiguous()
     if self.loss_scale is not None:
       logs["loss_scale"], (scale, good) = self.loss_scale[:1], self.loss_scale.split(1)
       grown = (good + 1 >= SCALE_STEPS)
@@ -100,7 +100,13 @@ class Optimizer:
     momentum = self.momentum(self.steps).contiguous() if callable(self.momentum) else self.momentum
     bias_lr = None if self.bias_rate is None else self.bias_rate(self.steps).contiguous()
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
+    average = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
+    if fits(*self.params.values(), self.steps):
+      self._update_in_c(gradients, (factor, lr, bias_lr, momentum, lr_adam, root, average, ok))
+      keep(self.steps, t)
+      return [*self.params.values(), *self.state().values()], logs
     for (name, p), g in zip(self.params.items(), gradients):
+      if factor is not None: g = g * factor
       first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
       if decay and self.kind != "adamw": g = g + decay * p
       if self.kind == "sgd":
@@ -114,11 +120,23 @@ class Optimizer:
         new = p * (1 - lr * decay) if decay and self.kind == "adamw" else p
         new = new - lr_adam * first / (second.sqrt() / root + self.eps)
       keep(p, new)
-      if self.ema_decay:
-        decay_now = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
-        keep(self.ema[name], decay_now * self.ema[name] + (1 - decay_now) * p)
+      if self.ema_decay: keep(self.ema[name], average * self.ema[name] + (1 - average) * p)
     keep(self.steps, t)
     return [*self.params.values(), *self.state().values()], logs
+
+  def _update_in_c(self, gradients: list[Tensor], now: tuple) -> None:
+    """The same on a processor; `now` are factor, rate, that of biases, momentum, Adam's rate and root, the average's decay, and whether to change."""
+    lr = now[1]
+    numbers = [lr.ones_like() if v is None and i == 0 else lr if v is None else v if isinstance(v, Tensor) else lr.full_like(v)
+               for i, v in enumerate(now)]
+    row = numbers[0].cat(*numbers[1:]).cast(dtypes.float32).contiguous()
+    kept = [group for group in (self.params, self.first, self.second, self.ema) if group]
+    entries = [update_cpu.Entry(tuple(group[name] for group in kept), g.cast(dtypes.float32).contiguous(), self.decay[name], name.endswith("bias"))
+               for name, g in zip(self.params, gradients)]
+    update_cpu.update(entries, row, {
+      "ADAM": int(self.kind != "sgd"), "DECOUPLED": int(self.kind == "adamw"), "NESTEROV": int(self.nesterov), "EMA": int(bool(self.ema)),
+      "EPSILON": f"{self.eps!r}f", **{f"BETA{i}": f"{beta!r}f" for i, beta in enumerate(self.betas, 1)},
+      **{f"REST{i}": f"{1 - beta!r}f" for i, beta in enumerate(self.betas, 1)}})
 
   @contextlib.contextmanager
   def averaged(self) -> Iterator[None]:
