@@ -86,6 +86,8 @@ class DetectionConfig(TrainerConfig):
   weights: str = option("none", "where to start: none, auto (the best that is published for the network and can be had), "
                         "shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
                         "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
+  anchors: str = option("published", "auto: fit their sizes and shapes to the boxes, where they miss more than a tenth of them",
+                        choices=("published", "auto"), group="model")
   budget: float = option(0.0, "time for the whole run, such as 30m or 2h: network, size and epochs are chosen to fill it where they are left free; "
                          "0: as the settings say", parse=plan.seconds, show=plan.show_seconds, group="training")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
@@ -193,6 +195,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   `recipes` are the settings of published runs, for `Forecast`, and `notes` for the user. Each of `observers` is told of the run: `open`,
   `start_evaluation`, `evaluated`, `close` (see `MLPerfLog`)."""
   config, (train_set, val_set) = run.config, data
+  notes = [*notes, *filter(None, [plan.choose_anchors(config, run, detector, train_set, fit)])]
   train_loader, val_loader = make_loaders(config, fit, train_set, val_set, run.ranks)
   run.at_end(train_loader.close)
   run.at_end(val_loader.close)
