@@ -117,9 +117,11 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
                     f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
   take(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))})
   take(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)})
-  print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
-        f"{epoch_seconds(size):.0f} s, evaluated every {config.eval_every}; {step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; "
-        f"done in some {config.epochs * epoch_seconds(size) / 60 + (time.monotonic() - run.started) / 60:.0f} minutes")
+  each = epoch_seconds(size)
+  print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} "
+        f"epoch{'s' * (config.epochs != 1)} of {round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
+        f"{step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; done in some "
+        f"{(config.epochs * each + time.monotonic() - run.started) / 60:.0f} minutes")
 
 
 def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int]) -> tuple[float, float]:
