@@ -118,10 +118,10 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
   take(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))})
   take(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)})
   each = epoch_seconds(size)
-  print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} "
-        f"epoch{'s' * (config.epochs != 1)} of {round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
+  print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
+        f"{round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
         f"{step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; done in some "
-        f"{(config.epochs * each + time.monotonic() - run.started) / 60:.0f} minutes")
+        f"{max(1, round((config.epochs * each + COMPILING * compiling + time.monotonic() - run.started) / 60))} min")
 
 
 def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int]) -> tuple[float, float]:
