@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tinydet.datasets import named
 from tinydet.datasets.files import expand, left_unread
+from tinydet.detection.looks import LOOKS
 from tinydet.datasets.video import Video, VideoWriter, pixels, require_av
 from tinydet.predict import Found, Predictor, predictor, read_picture
 from tinydet.weights import checkpoint
@@ -64,6 +65,8 @@ class Config:
   nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
                                        "detector's own", minimum=0, maximum=1, group="model")
   max_detections: int = option(300, "most detections a picture", minimum=1, group="model")
+  tta: str = option("none", "look at each picture more than once and join what is found: flip, mirrored, twice as slow; scales, larger too, which "
+                    "finds more small objects, five times as slow", choices=tuple(LOOKS), group="model")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="model")
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="model")
   gpus: int = option(1, "devices to divide the batch among", minimum=1, group="model")
@@ -257,7 +260,7 @@ def main(config: Config) -> None:
   # no larger than what there is to fill it, as far as that is known
   bs = config.bs if videos or config.tile else min(config.bs, -(-len(pictures) // config.gpus) * config.gpus)
   found_by = predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size, batch_size=bs, gpus=config.gpus,
-                      dtype=config.dtype, class_names=None if dataset is None else tuple(dataset.class_names))
+                      dtype=config.dtype, tta=config.tta, class_names=None if dataset is None else tuple(dataset.class_names))
   if dataset is not None: found_by.category_ids = dataset.category_ids
   if config.classes: found_by.labels_of(config.classes)
   for note in found_by.notes: print(f"note: {note}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tinydet.config import named_sources, option, parse, show_size, size
 from tinydet.datasets import named
 from tinydet.datasets.loader import Loader
+from tinydet.detection.looks import LOOKS
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.predict import Predictor
 from tinydet.reporting.tracking import duration
@@ -43,6 +44,8 @@ class Config:
   nms_threshold: float | None = option(None, "drop detections that overlap a better one of their class with an IoU above this; by default the "
                                        "detector's own", minimum=0, maximum=1, group="model")
   max_detections: int = option(300, "most detections a picture", minimum=1, group="model")
+  tta: str = option("none", "look at each picture more than once and join what is found: flip, mirrored, twice as slow; scales, larger too, which "
+                    "finds more small objects, five times as slow", choices=tuple(LOOKS), group="model")
   dtype: str = option("float32", "what the network computes in", choices=tuple(DTYPES), group="model")
   bs: int = option(8, "pictures a step, over all devices", minimum=1, group="model")
   gpus: int = option(1, "devices to divide the batch among", minimum=1, group="model")
@@ -54,7 +57,7 @@ class Config:
 def score_detector(config: Config, dataset, metric: CocoMetric) -> None:
   """Fill `metric` with what the detector finds on `dataset`."""
   predictor = Predictor(config.weights, variant=config.variant, size=config.size, max_size=config.max_size, class_names=dataset.class_names,
-                        batch_size=config.bs, gpus=config.gpus, dtype=config.dtype)
+                        batch_size=config.bs, gpus=config.gpus, dtype=config.dtype, tta=config.tta)
   buckets = predictor.fit.buckets(dataset.sizes, config.buckets, config.bs)
   for note in predictor.notes: print(f"note: {note}")
   print(f"{predictor.about['model']} from {predictor.about['weights']}: {len(dataset)} pictures at {predictor.fit} on "

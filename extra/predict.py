@@ -11,7 +11,7 @@ from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.datasets.fit import Fit
 from tinydet.datasets.image import opened, to_rgb
-from tinydet.detection import postprocess, tiles
+from tinydet.detection import looks, postprocess, tiles
 from tinydet.detectors import open_detector
 from tinydet.errors import UserError
 from tinydet.runtime.device import require_device
@@ -45,7 +45,7 @@ def detect(images: Any, weights: str | Path = "coco", *, classes: Sequence[str] 
     classes: find only these, by name.
     score_threshold, nms_threshold, max_detections: as in `postprocess.select`; the second is by default the detector's own.
     tile, overlap: for small objects on large pictures, look at overlapping tiles of so many pixels too (see `Predictor.stream`).
-    network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype` (see `Predictor`); other values build another network.
+    network: `size`, `max_size`, `batch_size`, `variant`, `gpus`, `dtype`, `tta` (see `Predictor`); other values build another network.
   Raises UserError for a picture or weights that cannot be read, and for a class that the weights do not know.
   """
   one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
@@ -92,11 +92,13 @@ class Predictor:
     size, max_size: (width, height) or one side in pixels, and the longer side at most, as in training; by default what the weights were trained at.
     class_names: the classes of a data set, to which the detector's own are matched by name.
     batch_size: pictures that go through the network together, divided among `gpus` devices; dtype is what it computes in.
+    tta: look at each picture mirrored too (flip), and larger too (scales), and join what is found (see `detection.looks`).
     fold: make the network faster (see `Detector.fold`), unless its tensors are asked for by name.
   Raises UserError.
   """
   def __init__(self, weights: str, *, variant: str = "v1", size: int | tuple[int, int] | None = None, max_size: int | None = None,
-               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32", fold: bool = True):
+               class_names: Sequence[str] | None = None, batch_size: int = 1, gpus: int = 1, dtype: str = "float32", fold: bool = True,
+               tta: str = "none"):
     require_device()
     self.devices, self.batch_size, self.dtype = devices(gpus), batch_size, DTYPES[dtype]
     if batch_size % gpus: raise UserError(f"--bs {batch_size}: is not a multiple of --gpus {gpus}")
@@ -108,6 +110,7 @@ class Predictor:
     if size is None and trained_at is None: raise UserError(f"{self.about['weights']}: does not say what size it was trained at; give --size")
     size = tuple(trained_at) if size is None else (size, size) if isinstance(size, int) else size
     self.fit = self.detector.fit(size, self.about.get("max_size", 0) if max_size is None else max_size)
+    self.tta = tta
     self._compiled: set[tuple[int, int]] = set()
     replicate([*get_state_dict(self.detector.network).values()], self.devices)
     self._forward = jit(lambda images: self.detector.infer(images, self.dtype))
@@ -118,6 +121,18 @@ class Predictor:
 
   def find(self, images: np.ndarray, sizes: np.ndarray, origins: np.ndarray, seconds: Counter | None = None, hidden: Tensor | None = None,
            **options: Any) -> postprocess.Detections:
+    """As `_find`, after as many looks as `tta` says."""
+    if self.tta == "none": return self._find(images, sizes, origins, seconds, hidden, **options)
+    found, boxes, canvas = [], [], images.shape[1:3]
+    for scale, mirrored in looks.LOOKS[self.tta]:
+      seen = looks.look(images, sizes, origins, scale, mirrored)
+      found.append(self._find(*seen, seconds, hidden, **options))
+      boxes.append(looks.back(found[-1], seen[0].shape[1:3], canvas, mirrored))
+    chosen = self.detector.options(options)
+    return looks.join(found, boxes, chosen.get("score_threshold", 0.05), chosen.get("max_detections", 300))
+
+  def _find(self, images: np.ndarray, sizes: np.ndarray, origins: np.ndarray, seconds: Counter | None = None, hidden: Tensor | None = None,
+            **options: Any) -> postprocess.Detections:
     """What is found on a batch u8 [batch_size,H,W,3] of canvases, in their pixels; `sizes` and `origins` int [batch_size,2] tell where the pictures
     are. `hidden` and `options` are those of `Detector.detect`; `seconds` collects time as for `stream`."""
     canvas, seconds = images.shape[1:3], Counter() if seconds is None else seconds

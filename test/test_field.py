@@ -1,5 +1,5 @@
 """Faults of data sets that people met with this and other tools: what was silent is now refused, or mended and said."""
-import json, subprocess, sys
+import json, struct, subprocess, sys, zlib
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -163,6 +163,30 @@ def test_dark_and_transparent_pictures_are_said(tmp_path):
   with pytest.raises(UserError, match="come out dark"): open_dataset(folder, "train", strict=True)
   Image.fromarray(grey * 257).save(folder / "train/dark.png")   # the whole range
   assert not said(open_dataset(folder, "train"), "come out dark")
+
+
+def png_of_16_bits(path, values):
+  """Write u16 [H,W,3 or 4] as the PNG specification says, which Pillow reads and cannot write."""
+  def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  height, width, channels = values.shape
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+  header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+  path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_coloured_pictures_of_16_bits(tmp_path, alpha):
+  """Scaled to 8 bits, to within a level; those of 12 bits are said to be dark."""
+  def spoil(c): c["images"][0]["file_name"] = "deep.png"
+  folder, colours = coco(tmp_path, spoil), np.asarray(picture(0)).astype(np.int64)
+  noise = np.random.default_rng(0).integers(0, 65536, colours.shape)
+  opaque = np.full((*colours.shape[:2], 1), 65535)
+  for values, dark in ((colours * 16, True), (colours * 257, False), (noise, False)):
+    for part in ("train", "val"):
+      png_of_16_bits(folder / part / "deep.png", np.concatenate([values, opaque], 2) if alpha else values)
+    dataset = open_dataset(folder, "train")
+    assert np.abs(dataset[0].image - values / 257).max() <= 1
+    assert said(dataset, "come out dark") == dark
 
 
 def test_a_photograph_that_its_camera_turned_is_read_upright_where_no_size_is_annotated(tmp_path):

@@ -137,3 +137,17 @@ def test_the_norm_of_many_gradients():
   gradients = [np.full((2, 3), 0.1 * i, np.float32) for i in range(100)]
   expected = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients))
   assert total_norm([Tensor(g).realize() for g in gradients]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_captured_update_follows_a_rate_that_falls():
+  params = {name: Tensor(value.copy()).realize() for name, value in START.items()}
+  optimizer = Optimizer(params, "sgd", schedule("plateau", LR, 8), slows=True, bias_rate=schedule("plateau", LR, 8))
+  logged, left = [], []
+  for i, logs in enumerate(run(optimizer)):
+    logged.append(logs["lr"])
+    if i in (1, 2): left.append(optimizer.slow(0.1, 0.05))
+  np.testing.assert_allclose(logged, [LR, LR, LR * 0.1, LR * 0.05, LR * 0.05], rtol=1e-6)
+  np.testing.assert_allclose(left, [0.1, 0.05], rtol=1e-6)
+  expected = torchs("sgd", logged, dict.fromkeys(SHAPES, 0.0))[-1][0]
+  for name in SHAPES: np.testing.assert_allclose(params[name].numpy(), expected[name], rtol=1e-5, atol=1e-6)
+  assert "slowed" in optimizer.state() and "slowed" not in Optimizer(params, "sgd", schedule("constant", LR, 8)).state()

@@ -344,3 +344,10 @@ def test_in_a_browser(complete, tmp_path):
           assert max((np.abs(inside - line).max(-1) < 60).sum() for line in lines) > 20
         tab.close()
     chromium.close()
+
+
+def test_advice_is_on_the_page(tmp_path):
+  folder = run_folder(tmp_path / "run", training(steps=100, evaluations=(20, 40, 60, 80, 100)))
+  page = Page(report.write(folder))
+  assert "More epochs: the score still rose by 0.200 in the last quarter of the run." in page.text["section"]
+  assert "More epochs" not in Page(report.write(run_folder(tmp_path / "short", training()))).text["section"]

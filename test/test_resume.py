@@ -74,6 +74,21 @@ def test_the_same_command_goes_on_with_its_preset(copy, how):
   assert config["preset"] == "folder" and config["epochs"] == 2 and "resumed with other settings: epochs=2 (was 1)" in done.stdout
 
 
+def test_a_fallen_rate_stays_so(tmp_path):
+  """A run that goes on after its rate fell is, to the last bit, the one that was never interrupted. At this rate nothing learns, so it falls."""
+  write_data(tmp_path / "data")
+  flags = ["--data", "data", *TINY, "--schedule", "plateau", "--plateau", "1", "--lr", "1e-6", "--warmup", "0", "--epochs", "4", "--keep", "4"]
+  whole = trainer(tmp_path, *flags, "--weights", "none")
+  runs = tmp_path / "runs"
+  shutil.copytree(runs / "r", runs / "part")
+  (runs / "part" / "checkpoint-8.safetensors").unlink()   # as if it had been killed in the last epoch
+  done = trainer(tmp_path, *flags, "--resume", "runs/part")
+  assert whole.returncode == done.returncode == 0 and "the learning rate is now 1e-07" in whole.stdout, whole.stderr + done.stderr
+  (a, _), (b, about) = (checkpoint.load(runs / name / "checkpoint-8.safetensors") for name in ("r", "part"))
+  assert a.keys() == b.keys() and about["slowed_epoch"] >= 3 and a["optimizer.slowed"][0] < 0.02
+  for key in a: np.testing.assert_array_equal(a[key], b[key], key)
+
+
 def test_another_preset_is_refused(copy):
   one_line(trainer(copy, "--data", "data", *TINY, "--preset", "coco", "--resume", "auto"), "--preset coco", "begun with --preset folder")
 
@@ -169,6 +184,18 @@ def test_weights_that_are_not_finite_are_never_the_best(capsys):
   assert not kept
   run.keep_if_best(0.5, 2, 20, {"w": np.float32([1])})
   assert len(kept) == 1 and run.best == 0.5
+
+
+def test_the_rate_falls_where_the_score_does_not_rise(capsys):
+  run = Run.__new__(Run)
+  run.score, run.about, run.config = "mAP", {"best_mAP": 0.5, "best_epoch": 2}, TrainerConfig(schedule="plateau", plateau=3, last_lr=0.05)
+  optimizer = run._optimizer = optim.Optimizer({}, "sgd", optim.schedule("plateau", 1.0, 1), slows=True)
+  found = []
+  for epoch in range(3, 13):
+    run.keep_if_best(0.5, epoch, epoch)
+    found.append(round(float(optimizer.slowed.numpy()[0]), 6))
+  assert found == [1, 1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05] and run.about["slowed_epoch"] == 11
+  assert "no better mAP for 3 epochs (--plateau 3): the learning rate is now" in capsys.readouterr().out
 
 
 # ---- classes

@@ -1,5 +1,5 @@
 """Canvases for pictures of many shapes: each batch is padded to one of a few, so that little is padded and few graphs are compiled."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np
 from tinydet.datasets.transforms import Transform, pad_to, resized_sizes
@@ -28,13 +28,17 @@ class Buckets:
     return (f"{len(self.canvases)} canvas{'es' * (len(self.canvases) > 1)}: {names}; {self.padding:.1%} of the pixels are padding; "
             f"one square canvas would be {self.square_padding:.1%}")
 
-  def batches(self, order: np.ndarray, batch_size: int, drop_last: bool) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """Canvas and pictures of each batch, where pictures come in `order`, a permutation i64 [N]: a batch begins when its last picture has come.
+  def transform(self, canvas: tuple[int, int], usual: Transform) -> Transform:
+    """How pictures come to a canvas, before they are padded: as the loader's `usual` transform does it."""
+    return usual
+
+  def batches(self, order: np.ndarray, batch_size: int, drop_last: bool, seed: tuple[int, ...] = ()) -> list[tuple[tuple[int, int], np.ndarray]]:
+    """Canvas and pictures of each batch, where pictures come in `order`, i64 [N]: a batch begins when its last picture has come.
 
     What is left of a canvas's pictures goes on to the next larger one that holds it. What nothing larger holds is the short last batch of its canvas,
     or passed over with `drop_last`: with a random order, other pictures each time. The number of batches of each canvas does not depend on the order.
     The first batch is one of the largest canvas, since memory that suffices for it suffices for all."""
-    found, places = [], self.of[order]
+    found, places = [], self.of[order % len(self.of)]   # of copies too
     waiting = [np.flatnonzero(places == c) for c in range(len(self.canvases))]
     for c, canvas in enumerate(self.canvases):
       positions = np.sort(waiting[c])
@@ -46,6 +50,31 @@ class Buckets:
     found.sort(key=lambda batch: batch[1][-1])
     first = next((i for i, (canvas, _) in enumerate(found) if canvas == self.canvases[-1]), 0)
     return [(canvas, order[positions]) for canvas, positions in found[first:first + 1] + found[:first] + found[first + 1:]]
+
+
+@dataclass(frozen=True)
+class Scales:
+  """Canvases that each batch draws one of, whatever its pictures (Redmon & Farhadi 2017, "multi-scale training"): one graph each.
+
+  `transforms` are of each (height, width), the one with fewest pixels first: they bring a picture to the whole of that canvas."""
+  transforms: Mapping[tuple[int, int], Transform]
+
+  @property
+  def canvases(self) -> tuple[tuple[int, int], ...]: return tuple(self.transforms)
+
+  def __str__(self) -> str: return f"one of {', '.join(f'{width}x{height}' for height, width in self.canvases)} a batch"
+
+  def transform(self, canvas: tuple[int, int], usual: Transform) -> Transform:
+    """The one of this canvas."""
+    return self.transforms[canvas]
+
+  def batches(self, order: np.ndarray, batch_size: int, drop_last: bool, seed: tuple[int, ...] = ()) -> list[tuple[tuple[int, int], np.ndarray]]:
+    """Canvas and pictures of each batch, in `order`. The canvas follows from `seed` and the batch's number; the first is the largest, since memory
+    that suffices for it suffices for all."""
+    count = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
+    drawn = np.random.default_rng((*seed, len(self.canvases))).integers(len(self.canvases), size=count)
+    drawn[:1] = len(self.canvases) - 1
+    return [(self.canvases[c], order[i * batch_size:(i + 1) * batch_size]) for i, c in enumerate(drawn)]
 
 
 def one_bucket(pictures: int, canvas: tuple[int, int], padded: Transform | None = None) -> Buckets:

@@ -36,7 +36,8 @@ def anchor_line(datasets: Mapping[str, Any], size: int = AT) -> str:
   if not len(shapes): return ""
   missed = (best_iou(shapes, anchor_shapes()) < MISSED).mean()
   small = (np.sqrt(shapes.prod(1)) < 16).mean()
-  advice = "; a larger --size makes them fit" if missed > 0.1 and small > missed / 2 else "; a YOLO has no anchors" if missed > 0.1 else ""
+  fits = "a larger --size makes them fit" if small > missed / 2 else "--anchors auto fits them, a YOLO has none"
+  advice = f"; {fits}" if missed > 0.1 else ""
   return f"RetinaNet's anchors at {size}x{size}: {missed:.0%} of the boxes are below an IoU of {MISSED:g} with every shape{advice}"
 
 

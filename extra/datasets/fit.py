@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinydet.datasets.buckets import MULTIPLE, Buckets, choose_buckets, one_bucket
 from tinydet.datasets.sample import Sample
-from tinydet.datasets.transforms import MEAN_GREY, Transform, compose, pad_to, resize, resize_inside, resize_shorter
+from tinydet.datasets.transforms import MEAN_GREY, Transform, compose, inside_size, pad_to, resize, resize_inside, resize_shorter, resized_sizes
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Fit:
     width, height = self.size
     if self.max_size: return resize_shorter(min(self.size), self.max_size)
     return resize_inside(height, width) if self.letterbox else resize(height, width)
+
+  def resized(self, sizes: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
+    """i64 [N,2]: what `resize` makes of pictures of `sizes` [N,2], (height, width) each."""
+    sizes, (width, height) = np.asarray(sizes, np.int64).reshape(-1, 2), self.size
+    if self.max_size: return resized_sizes(sizes, min(self.size), self.max_size)
+    if self.letterbox: return np.array([inside_size(tuple(size), height, width) for size in sizes.tolist()], np.int64).reshape(-1, 2)
+    return np.broadcast_to(np.array([height, width]), sizes.shape)
 
   def pad(self, canvas: tuple[int, int]) -> Transform:
     """Put a picture that `resize` made into a canvas (height, width)."""

@@ -137,7 +137,7 @@ def _look_at_pixels(problems: Problems, folder: str | Path, deep: list[str], tra
         if look is invisible:
           if _all_transparent(picture): look.append(shown(name))
           continue
-        pixels = np.asarray(picture)
+        pixels = np.asarray(picture)[..., :-1 if picture.mode in ALPHA else None]   # colours alone
         most = int(pixels.max()) * (1 if picture.mode in SIXTEEN_BIT else 257)
         if 0 < most < DARK * 65535: look.append(f"{shown(name)} has {most:,} of 65,535")
   problems.odd("pictures of 16 bits whose largest value is small, so that they come out dark; multiply their values to fill the range", dark)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 import numpy as np
-from tinydet.datasets.buckets import Buckets
+from tinydet.datasets.balance import draw
+from tinydet.datasets.buckets import Buckets, Scales
 from tinydet.datasets.sample import Batch, Sample
 from tinydet.datasets.transforms import Draw, Transform, first_size
 from tinydet.errors import UserError
@@ -21,21 +22,22 @@ from tinydet.errors import UserError
 class Loader:
   """Yields the batches of an epoch; what it yields depends on (seed, epoch) only, not on the number of workers.
 
-  `transform` must bring every sample to one size, the canvas; with `buckets`, to one that its batch's canvas holds, to which it is then padded. The
-  generator of a sample is `Draw((seed, epoch, index), ...)`, the order of a shuffled epoch that of
-  `np.random.default_rng((seed, epoch)).permutation`, as `Buckets.batches` divides it. Without `drop_last` the last batch (of a canvas) is filled up
-  with all-zero images of image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the data set's own
-  maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the first epoch, serve
-  all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the transform must be
-  picklable then. With `shard` = (rank, ranks) it yields the rank's rows of each batch, a part of `batch_size` / ranks; of a last batch that is filled
-  up, that part may be all filling. With `reduced`, for training, a data set of files reads large JPEGs at a lower resolution where the transform
-  begins by resizing them to half their size or less (see `image.read_image`). A batch's arrays belong to the caller.
+  `transform` must bring every sample to one size, the canvas; with `buckets`, to one that its batch's canvas holds, to which it is then padded; with
+  `Scales`, their transform of the batch's canvas takes its place. The generator of a sample is `Draw((seed, epoch, index), ...)`, the order of a
+  shuffled epoch that of `np.random.default_rng((seed, epoch)).permutation`, as `Buckets.batches` divides it. With `factors` f64 [N] a shuffled epoch
+  is of as many pictures, each as often as its factor says (`balance.draw`), and its copies are drawn apart. Without `drop_last` the last batch (of a
+  canvas) is filled up with all-zero images of image id -1 (their `sizes` are the canvas). `max_boxes` is the length of the box axis, by default the
+  data set's own maximum, rounded up to a multiple of 8. With `workers` > 0 that many processes load `prefetch` batches ahead; they start with the
+  first epoch, serve all further ones, and end with `close()`, with the loader's life, or with this process, whichever is first. The data set and the
+  transform must be picklable then. With `shard` = (rank, ranks) it yields the rank's rows of each batch, a part of `batch_size` / ranks; of a last
+  batch that is filled up, that part may be all filling. With `reduced`, for training, a data set of files reads large JPEGs at a lower resolution
+  where the transform begins by resizing them to half their size or less (see `image.read_image`). A batch's arrays belong to the caller.
   Raises UserError, naming the image, where one cannot be read or has more than `max_boxes` objects, and when a worker dies.
   """
 
   def __init__(self, dataset: Any, batch_size: int, transform: Transform, *, seed: int = 0, shuffle: bool = False, drop_last: bool = False,
-               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | None = None, shard: tuple[int, int] = (0, 1),
-               reduced: bool = False):
+               workers: int = 0, max_boxes: int | None = None, prefetch: int = 2, buckets: Buckets | Scales | None = None,
+               shard: tuple[int, int] = (0, 1), reduced: bool = False, factors: np.ndarray | None = None):
     if len(dataset) < (batch_size if drop_last else 1):
       raise UserError(f"{dataset.name}: its {len(dataset)} images do not fill one batch of {batch_size}; choose a smaller batch size")
     if workers and os.name != "posix": raise UserError("workers: loading in other processes needs Linux or macOS; set workers to 0")
@@ -43,7 +45,7 @@ class Loader:
     self.seed, self.shuffle, self.drop_last, self.workers, self.prefetch = seed, shuffle, drop_last, workers, prefetch
     self.reduced = reduced and hasattr(dataset, "resized")
     self.max_boxes = max(8, -(-dataset.max_boxes // 8) * 8) if max_boxes is None else max_boxes
-    self.buckets, self._canvases = buckets, buckets.canvases if buckets else None
+    self.buckets, self._canvases, self.factors = buckets, buckets.canvases if buckets else None, factors
     rank, ranks = shard
     if batch_size % ranks: raise UserError(f"a batch of {batch_size} cannot be divided evenly among {ranks} processes")
     self.rows = batch_size // ranks
@@ -62,12 +64,21 @@ class Loader:
 
   def names(self, epoch: int, batch: int) -> list[str]:
     """The names of the pictures in batch `batch` of an epoch."""
-    return [self.dataset.image_name(i) for i in self._batches(epoch)[batch][1]]
+    return [self.image_name(i) for i in self._batches(epoch)[batch][1]]
+
+  def image_name(self, number: int) -> str:
+    """The name of a picture, or of the one that this is a copy of."""
+    return self.dataset.image_name(number % len(self.dataset))
 
   def _batches(self, epoch: int) -> list[tuple[tuple[int, int] | None, list[int]]]:
-    """Canvas, where it is known, and pictures of each batch of an epoch."""
-    order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
-    if self.buckets: return [(canvas, batch.tolist()) for canvas, batch in self.buckets.batches(order, self.batch_size, self.drop_last)]
+    """Canvas, where it is known, and pictures of each batch of an epoch: i, or i + copy * N for a further copy of picture i."""
+    count, rng = len(self.dataset), np.random.default_rng((self.seed, epoch))
+    if not self.shuffle: order = np.arange(count)
+    elif self.factors is None: order = rng.permutation(count)
+    else: order = draw(self.factors, getattr(self.buckets, "of", np.zeros(count, np.int64)), rng)
+    if self.buckets:
+      batches = self.buckets.batches(order, self.batch_size, self.drop_last, (self.seed, epoch))
+      return [(canvas, batch.tolist()) for canvas, batch in batches]
     canvas = self._canvases[0] if self._canvases else None
     return [(canvas, order[i * self.batch_size:(i + 1) * self.batch_size].tolist()) for i in range(len(self))]
 
@@ -78,11 +89,13 @@ class Loader:
     self._pool.close()
     self._pool = None
 
-  def _transformed(self, epoch: int, index: int, canvas: tuple[int, int] | None = None) -> Sample:
-    rng = Draw((self.seed, epoch, index), self.dataset, index, epoch)
+  def _transformed(self, epoch: int, number: int, canvas: tuple[int, int] | None = None) -> Sample:
+    copy, index = divmod(number, len(self.dataset))
+    rng = Draw((self.seed, epoch, index, *[copy] * (copy > 0)), self.dataset, index, epoch)
     try:
-      size = first_size(self.transform, tuple(self.dataset.sizes[index])) if self.reduced else None
-      sample = self.transform(self.dataset[index] if size is None else self.dataset.resized(index, size), rng)
+      transform = self.buckets.transform(canvas, self.transform) if self.buckets else self.transform
+      size = first_size(transform, tuple(self.dataset.sizes[index])) if self.reduced else None
+      sample = transform(self.dataset[index] if size is None else self.dataset.resized(index, size), rng)
       return self.buckets.pad(canvas)(sample, rng) if self.buckets and sample.image.shape[:2] != canvas else sample
     except Exception as e:
       e.add_note(f"while loading {self.dataset.image_name(index)}")
@@ -91,10 +104,10 @@ class Loader:
   def _fill_row(self, batch: Batch, row: int, epoch: int, index: int) -> None:
     sample = self._transformed(epoch, index, batch.images.shape[1:3])
     if sample.image.shape != batch.images.shape[1:]:
-      raise ValueError(f"{self.dataset.image_name(index)} was transformed to {sample.image.shape}, the first image to {batch.images.shape[1:]}; "
+      raise ValueError(f"{self.image_name(index)} was transformed to {sample.image.shape}, the first image to {batch.images.shape[1:]}; "
                        "the transform must end with one fixed size")
     if (n := len(sample.boxes)) > self.max_boxes:
-      raise UserError(f"{self.dataset.image_name(index)} has {n} boxes, but max_boxes is {self.max_boxes}; raise it to {n} or more")
+      raise UserError(f"{self.image_name(index)} has {n} boxes, but max_boxes is {self.max_boxes}; raise it to {n} or more")
     batch.images[row], batch.sizes[row], batch.origins[row] = sample.image, sample.content_size, sample.origin
     batch.original_sizes[row] = sample.original_size
     batch.boxes[row, :n], batch.boxes[row, n:], batch.labels[row, :n], batch.labels[row, n:] = sample.boxes, 0, sample.labels, -1
@@ -231,7 +244,7 @@ class _Pool:
     try: code = self.processes[worker].wait(timeout=5)
     except subprocess.TimeoutExpired: code = None
     index = int(self.header[1 + worker])
-    place = f"on {self.loader.dataset.image_name(index)}" if index >= 0 else "while idle"
+    place = f"on {self.loader.image_name(index)}" if index >= 0 else "while idle"
     reason = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     raise UserError(f"loader worker {worker} died {place} ({reason}); if memory ran out, lower --workers or --bs") from None
 
@@ -270,8 +283,8 @@ def serve(connection_file: int, memory_file: int, slots: int, worker: int, paren
         header[1 + worker] = index
         try: loader._fill_row(batch, row, epoch, index)
         except UserError as e: error = UserError(str(e))
-        except MemoryError: error = UserError(f"{loader.dataset.image_name(index)}: memory ran out while it was loaded; lower --workers or --bs")
-        except Exception: error = RuntimeError(f"a loader worker failed on {loader.dataset.image_name(index)}:\n{traceback.format_exc()}")
+        except MemoryError: error = UserError(f"{loader.image_name(index)}: memory ran out while it was loaded; lower --workers or --bs")
+        except Exception: error = RuntimeError(f"a loader worker failed on {loader.image_name(index)}:\n{traceback.format_exc()}")
       if failure is None: header[1 + worker] = -1
       connection.send((run, slot, len(rows), error))
   except (EOFError, OSError): return

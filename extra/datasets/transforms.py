@@ -129,11 +129,8 @@ def resized_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int])
 def first_size(transform: Transform, size: tuple[int, int]) -> tuple[int, int] | None:
   """(height, width) that `transform` first resizes a whole picture of `size` to; None where it does something else first."""
   while isinstance(transform, partial) and transform.func is _compose and transform.args[0]: transform = transform.args[0][0]
-  if not isinstance(transform, partial): return None
-  if transform.func is _resize: return transform.args
-  if transform.func is _resize_shorter: return tuple(resized_sizes(np.array([size]), *transform.args)[0].tolist())
-  if transform.func is _resize_inside: return inside_size(size, *transform.args)
-  return None
+  if not isinstance(transform, partial) or transform.func not in READ_AT: return None
+  return READ_AT[transform.func](size, *transform.args)
 
 
 def inside_size(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -177,6 +174,12 @@ def _horizontal_flip(p: float, sample: Sample, rng: np.random.Generator) -> Samp
   boxes[:, [0, 2]] = edges - sample.boxes[:, [2, 0]]
   mirrored = sample.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)   # three times as fast as numpy's [:, ::-1]
   return replace(sample, image=sample.with_content(mirrored), boxes=boxes)
+
+
+# What `first_size` is of a transform's size and arguments, for those that begin by resizing; `augment` adds its own.
+READ_AT: dict[Callable, Callable[..., tuple[int, int] | None]] = {
+  _resize: lambda size, *wanted: wanted, _resize_inside: inside_size,
+  _resize_shorter: lambda size, *limits: tuple(resized_sizes(np.array([size]), *limits)[0].tolist())}
 
 
 def _scale_jitter(low: float, high: float, height: int, width: int, fill: tuple[int, int, int], sample: Sample, rng: np.random.Generator) -> Sample:

@@ -1,20 +1,65 @@
-"""How well the shapes of anchors fit the boxes of a data set. Places are left out: a shape is width x height, and two are laid centre on centre."""
+"""How well the shapes of anchors fit the boxes of a data set, and which would fit better. Places are left out: a shape is width x height, and two are
+laid centre on centre."""
+from collections.abc import Sequence
+from typing import Any
 import numpy as np
-from tinydet.detection.anchors import SIZES, base_anchors
+from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, base_anchors
+from tinydet.errors import UserError
 
 MISSED = 0.4   # IoU below which no anchor of a place is meant for a box but as a last resort (Lin et al. 2017, section 4)
+SCALES = 2.0 ** np.arange(-2, 1.01, 0.25)   # of the published sizes, that are tried: beyond them no cell of a level is near enough to a box
+ROUNDS = 50    # of k-means at most; it ends far earlier
 
 
-def anchor_shapes() -> np.ndarray:
+def anchor_shapes(sizes: Sequence[Sequence[float]] = SIZES, ratios: Sequence[float] = ASPECT_RATIOS) -> np.ndarray:
   """f64 [45,2], (width, height) in pixels of RetinaNet's anchors on all levels."""
-  boxes = np.concatenate([base_anchors(sizes) for sizes in SIZES]).astype(np.float64)
+  boxes = np.concatenate([base_anchors(of_level, ratios) for of_level in sizes]).astype(np.float64)
   return boxes[:, 2:] - boxes[:, :2]
 
 
 def best_iou(shapes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
   """f64 [N], the largest IoU of each of `shapes` [N,2] with any of `anchors` [A,2], both (width, height), centre on centre."""
   best = np.zeros(len(shapes))
-  for width, height in anchors:
-    inner = np.minimum(shapes[:, 0], width) * np.minimum(shapes[:, 1], height)
-    best = np.maximum(best, inner / (shapes.prod(1) + width * height - inner))
+  for anchor in anchors: best = np.maximum(best, _iou(shapes, anchor))
   return best
+
+
+def fit_shapes(shapes: np.ndarray, count: int) -> np.ndarray:
+  """f64 [count,2], the smallest first: k-means of `shapes` f64 [N,2] by IoU (Redmon & Farhadi 2017, section 2), begun at even steps of their area and
+  of what they are wide for their height, so that the same boxes give the same shapes."""
+  found = shapes[np.lexsort((shapes[:, 0] / shapes[:, 1], shapes.prod(1)))[((np.arange(count) + 0.5) / count * len(shapes)).astype(int)]]
+  before = None
+  for _ in range(ROUNDS):
+    nearest = np.stack([_iou(shapes, one) for one in found], 1).argmax(1)
+    if before is not None and (nearest == before).all(): break
+    before = nearest
+    found = np.array([shapes[nearest == i].mean(0) if (nearest == i).any() else one for i, one in enumerate(found)])
+  return found[np.argsort(found.prod(1), kind="stable")]
+
+
+def fit_levels(shapes: np.ndarray) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+  """Sizes of each level and ratios (height / width) of a RetinaNet's anchors for `shapes` f64 [N,2] (width, height), as `anchors.anchors` takes them.
+
+  Ratios are k-means of the shapes, all made equal in area. Sizes stay an octave a level, as its strides do, all published ones times that of `SCALES`
+  with the best mean IoU."""
+  ratios = tuple(sorted(round(float(height / width), 4) for width, height in fit_shapes(shapes / np.sqrt(shapes.prod(1, keepdims=True)), 3)))
+  def scaled(scale: float) -> tuple[tuple[float, ...], ...]: return tuple(tuple(round(size * scale, 2) for size in level) for level in SIZES)
+  best = max(SCALES, key=lambda scale: best_iou(shapes, anchor_shapes(scaled(scale), ratios)).mean())
+  return scaled(float(best)), ratios
+
+
+def read_levels(about: Any) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+  """Sizes and ratios from the metadata of a file of weights, {"sizes": [5][3], "ratios": [3]}; the published ones where it is None. UserError where
+  it is anything else."""
+  if about is None: return SIZES, ASPECT_RATIOS
+  try:
+    sizes, ratios = (np.array(about[key], np.float64) for key in ("sizes", "ratios"))
+    if sizes.shape != (5, 3) or ratios.shape != (3,) or not all((0 < x).all() and (x < 1e5).all() for x in (sizes, ratios)): raise ValueError
+  except (TypeError, ValueError, KeyError, IndexError):
+    raise UserError("anchors: the weights' metadata has to say three sizes for each of five levels, and three ratios; train them again") from None
+  return tuple(map(tuple, sizes.tolist())), tuple(ratios.tolist())
+
+
+def _iou(shapes: np.ndarray, anchor: np.ndarray) -> np.ndarray:
+  inner = np.minimum(shapes, anchor).prod(1)
+  return inner / (shapes.prod(1) + anchor.prod() - inner)

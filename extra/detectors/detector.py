@@ -63,6 +63,14 @@ class Detector:
     """u8 [B,H,W,3] RGB -> `dtype` [B,3,H,W], what the network takes and then computes in."""
     return normalize(images, dtype, self.preprocessing.mean, self.preprocessing.std)
 
+  def anchor_shapes(self) -> np.ndarray | None:
+    """f64 [A,2], (width, height) in pixels of the anchors of all levels; None where there are none to fit."""
+    return None
+
+  def fit_anchors(self, shapes: np.ndarray) -> None:
+    """Take anchors that suit boxes of `shapes` f64 [N,2], (width, height) in pixels of the canvas."""
+    raise NotImplementedError
+
   def constants(self, canvas: Canvas) -> list[Tensor]:
     """Tensors that outputs of this canvas are read with: made once, before any graph is captured, and placed on all devices."""
     return []

@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import numpy as np
 from tinygrad import Tensor
-from tinydet.detection import anchors, assigners, postprocess
+from tinydet.detection import anchor_fit, anchors, assigners, postprocess
 from tinydet.detection.boxes import decode
 from tinydet.detection.losses import detection_losses
 from tinydet.detection.matcher import match
@@ -22,7 +22,9 @@ class RetinaNet(Detector):
                channels: int | None = None, assigner: str = "iou"):
     self.assigner = assigner
     self.name, self.num_classes, self.norm, self.box_loss, self.exact_strides = name, num_classes, norm, box_loss, exact_strides
+    self.assigner = assigner
     self.network = retinanet.build(name, num_classes, norm, seed, channels)
+    self.sizes, self.ratios = anchors.SIZES, anchors.ASPECT_RATIOS
     self._anchors: dict[Canvas, Tensor] = {}
 
   @property
@@ -32,8 +34,15 @@ class RetinaNet(Detector):
 
   def anchors(self, canvas: Canvas) -> Tensor:
     """f32 [A,4] xyxy pixels of the canvas."""
-    if canvas not in self._anchors: self._anchors[canvas] = Tensor(anchors.anchors(*canvas, self.exact_strides)).realize()
+    if canvas not in self._anchors:
+      self._anchors[canvas] = Tensor(anchors.anchors(*canvas, self.exact_strides, self.sizes, self.ratios)).realize()
     return self._anchors[canvas]
+
+  def anchor_shapes(self) -> np.ndarray: return anchor_fit.anchor_shapes(self.sizes, self.ratios)
+
+  def fit_anchors(self, shapes: np.ndarray) -> None:
+    self.sizes, self.ratios = anchor_fit.fit_levels(shapes)
+    self._anchors.clear()
 
   def constants(self, canvas: Canvas) -> list[Tensor]: return [self.anchors(canvas)]
 
@@ -99,9 +108,13 @@ class RetinaNet(Detector):
   def assume(self, about: Any) -> None:
     super().assume(about)
     self.exact_strides = bool(about.get("exact_strides", False))
+    self.sizes, self.ratios = anchor_fit.read_levels(about.get("anchors"))
     self._anchors.clear()
 
-  def about(self) -> dict[str, Any]: return super().about() | {"norm": self.norm, "exact_strides": self.exact_strides}
+  def about(self) -> dict[str, Any]:
+    published = (self.sizes, self.ratios) == (anchors.SIZES, anchors.ASPECT_RATIOS)
+    fitted = {} if published else {"anchors": {"sizes": self.sizes, "ratios": self.ratios}}
+    return super().about() | {"norm": self.norm, "exact_strides": self.exact_strides} | fitted
 
   def init_rule(self, key: str, shape: tuple[int, ...]) -> Any: return retinanet.init_rule(self.network, key, shape)
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.weights.checkpoint import whole_file
+from tinydet.reporting.advice import advise
 from tinydet.reporting.panels import most_confused
 from tinydet.reporting.pictures import draw_boxes
 from tinydet.reporting.tracking import duration
@@ -389,11 +390,21 @@ def _single(run: Record) -> dict[str, Any]:
   columns = [key for key in dict.fromkeys(k for line in run.evaluations for k in line)
              if key.startswith("eval/") and (key == "eval/AR100" or not key.startswith(left_out))]
   return {
-    "run": run, "title": run.name, "score_name": SCORES[run.score], "key": f"eval/{run.score}", "best": best, "reached": reached,
+    "run": run, "title": run.name, "advice": _advice(run),
+    "score_name": SCORES[run.score], "key": f"eval/{run.score}", "best": best, "reached": reached,
     "took": duration(run.seconds), "reached_after": duration(reached["seconds"]) if reached else "", "learning": learning, "curves": curves,
     "speed": speed, "columns": columns, "pictures": list(_pictures(run)), "classes": known,
     "absent": len(evaluation.get("classes", [])) - len(known) if evaluation.get("classes") else 0, "confusion": _confusion(evaluation),
     "errors": _errors(evaluation), **_settings(run), "commands": _commands(run), "compare": False}
+
+
+def _advice(run: Record) -> list[str]:
+  """What `advice.advise` says of a detector's run."""
+  if run.score != "mAP": return []
+  size, longer = run.config.get("size"), run.config.get("max_size")
+  known = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+  side = None if not known else (min(size) * longer if longer else size[0] * size[1]) ** 0.5
+  return advise(run.series("eval/mAP"), run.series("train/loss"), run.evaluation.get("sizes"), side)
 
 
 def _compared(runs: list[Record]) -> dict[str, Any]:

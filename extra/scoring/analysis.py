@@ -15,6 +15,7 @@ from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
 MAX_DETECTIONS = 100        # of a class on a picture (COCOeval)
 FOREGROUND, BACKGROUND = 0.5, 0.1
+SIDES = (0, 1 / 64, 1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 2, 2)   # of a picture's: limits of sizes that objects are counted in
 CURVE_POINTS = slice(0, 101, 2)   # of COCOeval's 101 recalls, what a record of precision keeps
 
 Found = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -29,6 +30,7 @@ class Picture:
   labels: np.ndarray    # i64 [N]
   scores: np.ndarray    # f64 [N]
   overlaps: np.ndarray  # f64 [N,M] IoU; with a crowd, the part of the detection that it covers
+  sides: np.ndarray     # f64 [M] root of the truth's area as a share of the root of the picture's; NaN where that is not known
 
   def own(self) -> np.ndarray: return self.labels[:, None] == self.truth[None, :]
 
@@ -117,6 +119,19 @@ def error_kinds(ground_truth: dict, category_ids: list[int], found: Found, *, sc
   return result
 
 
+def missed_by_size(ground_truth: dict, category_ids: list[int], found: Found, *, score_threshold: float = 0.3) -> dict[str, list]:
+  """How many objects of each size there are, "objects", and how many of them no detection of at least `score_threshold` finds, "missed", between
+  neighbours of `SIDES`, which is "sides"."""
+  objects, missed = (np.zeros(len(SIDES) - 1, np.int64) for _ in range(2))
+  for picture in _pictures(ground_truth, category_ids, found, score_threshold):
+    matched, _ = picture.match()
+    left = ~picture.crowd & ~np.isnan(picture.sides)
+    objects += np.histogram(picture.sides[left], SIDES)[0]
+    left[matched[matched >= 0]] = False
+    missed += np.histogram(picture.sides[left], SIDES)[0]
+  return {"sides": list(SIDES), "objects": objects.tolist(), "missed": missed.tolist()}
+
+
 def rank_pictures(ground_truth: dict, category_ids: list[int], found: Found, *, score_threshold: float = 0.3) -> list[dict[str, Any]]:
   """All pictures, the best first, as {"image_id", "quality", "truth", "found", "correct"}: counts of boxes, of detections of at least
   `score_threshold` and of hits at IoU 0.5.
@@ -168,7 +183,8 @@ def analyse(metric: CocoMetric, result: CocoResult, *, score_threshold: float = 
     "images": len(kept), "score_threshold": score_threshold, "classes": classes, "recall": np.linspace(0, 1, 101)[CURVE_POINTS].round(4).tolist(),
     "precision": {"AP50": curve(precision[:1]), "AP75": curve(precision[5:6]), "AP": curve(precision)},
     "confusion": [[int(i), int(j), int(matrix[i, j])] for i, j in np.argwhere(matrix)],
-    "errors": error_kinds(*given), "confident_errors": error_kinds(*given, score_threshold=score_threshold), "best": best, "worst": worst})
+    "errors": error_kinds(*given), "confident_errors": error_kinds(*given, score_threshold=score_threshold),
+    "sizes": missed_by_size(*given, score_threshold=score_threshold), "best": best, "worst": worst})
 
 
 def average_precision(scores: np.ndarray, correct: np.ndarray, positives: int) -> float:
@@ -194,8 +210,10 @@ def _pictures(ground_truth: dict, category_ids: list[int], found: Found, score_t
   rows: dict[int, list[dict]] = {image["id"]: [] for image in ground_truth["images"]}
   for annotation in ground_truth["annotations"]:
     if annotation["image_id"] in rows: rows[annotation["image_id"]].append(annotation)
+  areas = {image["id"]: image.get("width", math.nan) * image.get("height", math.nan) for image in ground_truth["images"]}
   for image_id in sorted(rows):
     mine = rows[image_id]
+    sides = np.sqrt(np.array([a["bbox"][2] * a["bbox"][3] for a in mine], np.float64) / areas[image_id])
     truth = np.array([label_of[a["category_id"]] for a in mine], np.int64)
     crowd, difficult = (np.array([bool(a.get(key, 0)) for a in mine], bool) for key in ("iscrowd", "difficult"))
     boxes, scores, categories = found.get(image_id, (np.empty((0, 4)), np.empty(0), np.empty(0, np.int64)))
@@ -205,7 +223,7 @@ def _pictures(ground_truth: dict, category_ids: list[int], found: Found, score_t
     overlaps = np.zeros((len(order), len(mine)))
     if overlaps.size:
       overlaps = mask.iou(np.asarray(boxes, np.float64)[order], np.array([a["bbox"] for a in mine], np.float64), crowd.astype(np.uint8))
-    yield Picture(image_id, truth, crowd | difficult, labels[order], np.asarray(scores, np.float64)[order], overlaps)
+    yield Picture(image_id, truth, crowd | difficult, labels[order], np.asarray(scores, np.float64)[order], overlaps, sides)
 
 
 def _turn(labels: np.ndarray) -> np.ndarray:

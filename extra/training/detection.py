@@ -11,14 +11,11 @@ from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import option, show_size, size
 from tinydet.datasets import open_dataset, split
-from tinydet.datasets.augment import boxes_at_most, hsv, place
-from tinydet.datasets.buckets import one_bucket
 from tinydet.datasets.download import local_folder
 from tinydet.datasets.fit import Fit
 from tinydet.datasets.loader import Loader
 from tinydet.datasets.problems import refuse_empty
 from tinydet.datasets.subset import Subset, whole_of
-from tinydet.datasets.transforms import compose, horizontal_flip, photometric_jitter, scale_jitter
 from tinydet.detectors import Detector
 from tinydet.errors import UserError
 from tinydet.reporting import panels, report
@@ -32,11 +29,11 @@ from tinydet.scoring.background import Pending, score
 from tinydet.scoring.coco_metric import CocoMetric, CocoResult
 from tinydet.scoring.evaluation import evaluate
 from tinydet.training import plan
+from tinydet.training.loaders import make_loaders
 from tinydet.training.run import Run
 from tinydet.training.trainer import TrainerConfig, total_updates
 
 PICTURES_IN_TABLE = 32   # validation pictures, the worst and the best, in wandb's table of each evaluation
-MOST_BOXES = 200         # of a picture made of several, unless one has more by itself
 EMBEDDED = "shapes"      # how the names of embedded data sets begin
 
 
@@ -59,11 +56,27 @@ class DetectionConfig(TrainerConfig):
   flip: float = option(0.5, "chance of mirroring a training picture", minimum=0, maximum=1, group="data")
   scale_jitter: bool = option(False, "zoom training pictures by 0.5 to 2", group="data")
   photometric: bool = option(False, "vary brightness, contrast, saturation and hue of training pictures", group="data")
-  mosaic: float = option(0.0, "chance of a training picture made of four (see extra/datasets/augment.py)", minimum=0, maximum=1, group="data")
+  mosaic: float = option(0.0, "chance of a training picture made of several (see extra/datasets/augment.py)", minimum=0, maximum=1, group="data")
+  mosaic_nine: float = option(0.0, "share of those that are made of nine, the others of four", minimum=0, maximum=1, group="data")
   mixup: float = option(0.0, "chance of a training picture blended with another", minimum=0, maximum=1, group="data")
-  close_mosaic: int = option(10, "last epochs without mosaics and blends", minimum=0, group="data")
+  paste: float = option(0.0, "chance of objects of another picture, boxes and all, being pasted in", minimum=0, maximum=1, group="data")
+  close_mosaic: int = option(10, "last epochs without mosaics, blends and pasted objects", minimum=0, group="data")
   zoom: float = option(0.0, "scale training pictures by up to 1 +- this, 0.5 say, inside the canvas", minimum=0, maximum=0.95, group="data")
   shift: float = option(0.0, "shift training pictures by up to this share of the canvas", minimum=0, maximum=1, group="data")
+  rotate: float = option(0.0, "turn training pictures by up to so many degrees either way", minimum=0, maximum=180, group="data")
+  shear: float = option(0.0, "slant training pictures by up to so many degrees", minimum=0, maximum=45, group="data")
+  perspective: float = option(0.0, "tilt training pictures: an edge comes up to this share nearer or goes farther", minimum=0, maximum=0.3,
+                              group="data")
+  iou_crop: float = option(0.0, "chance of cutting a training picture to a part that shows some object, as SSD does", minimum=0, maximum=1,
+                           group="data")
+  expand: float = option(0.0, "chance of laying a training picture, up to 4 times smaller, on an empty sheet, as SSD does", minimum=0, maximum=1,
+                         group="data")
+  cutout: float = option(0.0, "chance of covering parts of a training picture", minimum=0, maximum=1, group="data")
+  grey: float = option(0.0, "chance of a training picture without colour", minimum=0, maximum=1, group="data")
+  multi_scale: float = option(0.0, "train at five sizes from 1 - this to 1 + this, times --size, a batch at one of them; each is compiled", minimum=0,
+                              maximum=0.75, group="data")
+  balance: float = option(0.0, "show classes oftener that fewer than this share of the pictures have, 0.1 say, by the root of what they lack",
+                          minimum=0, maximum=1, group="data")
   hsv: bool = option(False, "vary hue, saturation and value of training pictures as YOLOv5 does: by 0.015, 0.7 and 0.4", group="data")
   strict: bool = option(False, "make every oddity of the data an error", group="data")
   workers: int = option(2, "processes that load training pictures; 0 loads between steps", minimum=0, maximum=256, group="data")
@@ -73,6 +86,8 @@ class DetectionConfig(TrainerConfig):
   weights: str = option("none", "where to start: none, auto (the best that is published for the network and can be had), "
                         "shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
                         "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
+  anchors: str = option("published", "auto: fit their sizes and shapes to the boxes, where they miss more than a tenth of them",
+                        choices=("published", "auto"), group="model")
   budget: float = option(0.0, "time for the whole run, such as 30m or 2h: network, size and epochs are chosen to fill it where they are left free; "
                          "0: as the settings say", parse=plan.seconds, show=plan.show_seconds, group="training")
   trainable_layers: int = option(5, "stages of the backbone that learn, counted from the top; all of them where --weights is none", minimum=0,
@@ -105,27 +120,6 @@ def open_splits(config: DetectionConfig, ranks: Ranks, kept: Path | None = None)
       print(f"note: {val_set.name}: no picture of the split 'val' has an object: there will be no score, and no best weights")
   for warning in dict.fromkeys([*train_set.warnings, *val_set.warnings]): print(f"note: {warning}")
   return train_set, val_set
-
-
-def make_loaders(config: DetectionConfig, fit: Fit, train_set: Any, val_set: Any, ranks: Ranks) -> tuple[Loader, Loader]:
-  """Loaders of batches for this rank: training pictures augmented and in a random order, validation pictures as they are."""
-  train_buckets, val_buckets = (fit.buckets(data.sizes, config.buckets, config.bs) for data in (train_set, val_set))
-  augment, length = [photometric_jitter()] * config.photometric + [hsv()] * config.hsv, None
-  augment = [] if config.overfit else augment + [horizontal_flip(config.flip)] * (config.flip > 0)
-  composed = max(config.mosaic, config.mixup, config.zoom, config.shift) > 0 and not config.overfit
-  if composed and config.scale_jitter: raise UserError("--scale-jitter: does what --zoom does; leave it out with --mosaic, --mixup, --zoom, --shift")
-  if composed:
-    whole = place(*fit.canvas(), fit.fill, zoom=config.zoom, shift=config.shift, mosaic=config.mosaic, mix=config.mixup, most=MOST_BOXES,
-                  last_epoch=max(0, config.epochs - config.close_mosaic))
-    augment, train_buckets = [whole, *augment], one_bucket(len(train_set), fit.canvas())
-    length = boxes_at_most(train_set, config.mosaic, config.mixup, MOST_BOXES)
-  elif config.scale_jitter and not config.overfit:
-    augment, train_buckets = [*augment, scale_jitter(0.5, 2.0, *fit.canvas(), fit.fill)], one_bucket(len(train_set), fit.canvas())
-  else: augment = [fit.resize(), *augment]
-  share = {"workers": config.workers, "shard": (ranks.rank, ranks.size)}
-  train_loader = Loader(train_set, config.bs, compose(*augment), seed=config.seed, shuffle=True, drop_last=True, buckets=train_buckets, reduced=True,
-                        max_boxes=length, **share)
-  return train_loader, Loader(val_set, config.bs, fit.resize(), buckets=val_buckets, **share)
 
 
 def start_from(config: DetectionConfig, detector: Detector, class_names: Sequence[str], run: Run) -> list[str]:
@@ -201,6 +195,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   `recipes` are the settings of published runs, for `Forecast`, and `notes` for the user. Each of `observers` is told of the run: `open`,
   `start_evaluation`, `evaluated`, `close` (see `MLPerfLog`)."""
   config, (train_set, val_set) = run.config, data
+  notes = [*notes, *filter(None, [plan.choose_anchors(config, run, detector, train_set, fit)])]
   train_loader, val_loader = make_loaders(config, fit, train_set, val_set, run.ranks)
   run.at_end(train_loader.close)
   run.at_end(val_loader.close)
@@ -223,7 +218,7 @@ def train_detector(run: Run, detector: Detector, fit: Fit, data: tuple[Any, Any]
   learns = sum(p.numel() for p in get_state_dict(detector.network).values() if p.is_param)
   headline = [f"{detector.name}: {learns / 1e6:.2f} M trainable parameters, {len(train_set.class_names)} classes, {len(train_set)} training and "
               f"{len(val_set)} validation pictures at {fit} on {', '.join(run.gpus)}"]
-  if config.max_size:
+  if config.max_size or config.multi_scale:
     headline += [f"training on {train_loader.buckets}", f"validation on {val_loader.buckets}", "note: each canvas compiles when it first comes, "
                  f"{len(train_loader.buckets.canvases)} for training and {len(val_loader.buckets.canvases)} for validation"]
   about = detector.about() | {"class_names": train_set.class_names, "category_ids": train_set.category_ids, "size": list(config.size),

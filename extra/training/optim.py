@@ -9,12 +9,13 @@ from tinydet.nn.kernel_cpu import fits
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
 SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
 WARMUP_FACTOR = 1e-3   # of the learning rate, where a warm-up begins
-SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine", "linear"), ("sgd", "adam", "adamw")
+SCHEDULES, OPTIMIZERS = ("constant", "step", "cosine", "linear", "plateau"), ("sgd", "adam", "adamw")
 
 
 def schedule(kind: str, lr: float, total_steps: int, *, warmup_steps: int = 0, warmup_factor: float = WARMUP_FACTOR,
              milestones: list[int] | None = None, gamma: float = 0.1, last: float = 0.0, first: float | None = None) -> Schedule:
-  """Linear warm-up from `warmup_factor * lr`, or from the rate `first`, times one of SCHEDULES: "constant"; "step", times `gamma` at each of
+  """Linear warm-up from `warmup_factor * lr`, or from the rate `first`, times one of SCHEDULES: "constant", and "plateau", which `Optimizer.slow`
+  lowers; "step", times `gamma` at each of
   `milestones` (steps); "cosine" (Loshchilov & Hutter 2016) and "linear", down to `last` times the rate at `total_steps`."""
   def rate(step: Tensor) -> Tensor:
     factor = step.ones_like()   # on the devices that the count is on
@@ -51,12 +52,13 @@ class Optimizer:
   added up in; `loss_scale` is what the loss starts out multiplied by where the network computes in half precision: halved by an update that is not
   finite, doubled after 2,000 that are. `momentum` of SGD may be a schedule; `bias_rate` is the rate of what is called "bias", where it is another;
   with `ema_tau` the average starts short as that many updates say: its decay is `ema_decay` (1 - exp(-updates / tau)); `gain` is what a gradient is
-  multiplied by.
+  multiplied by; `slows` keeps the factor of the rate that `slow` lowers.
   Sharded parameters (`parallel.replicate`) need their optimiser's `state()` replicated likewise."""
   def __init__(self, params: dict[str, Tensor], kind: str, rate: Schedule, *, momentum: float | Schedule = 0.9,
                betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
                norm_weight_decay: float = 0.0, clip_norm: float = 0.0, ema_decay: float = 0.0, accumulate: int = 1, loss_scale: float | None = None,
-               nesterov: bool = False, bias_rate: Schedule | None = None, ema_tau: float = 0.0, gain: float = 1.0):
+               nesterov: bool = False, bias_rate: Schedule | None = None, ema_tau: float = 0.0, gain: float = 1.0,
+               slows: bool = False):
     self.params, self.kind, self.rate, self.momentum, self.betas, self.eps = params, kind, rate, momentum, betas, eps
     self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
     self.clip_norm, self.ema_decay, self.ema_tau = clip_norm, ema_decay, ema_tau
@@ -66,6 +68,7 @@ class Optimizer:
     self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
     self.ema = {name: p.clone() for name, p in params.items()} if ema_decay else {}
     self.sums = {name: _zeros(p.shape) for name, p in params.items()} if accumulate > 1 else {}
+    self.slowed = Tensor(np.ones(1, np.float32)) if slows else None   # a tensor, as captured graphs read it
     # the factor, and how many finite updates it has seen
     self.loss_scale = None if loss_scale is None else Tensor(np.array([loss_scale, 0], np.float32))
 
@@ -73,7 +76,8 @@ class Optimizer:
     """Everything but the parameters that the next update depends on, by name."""
     groups = {"first": self.first, "second": self.second, "ema": self.ema, "sum": self.sums}
     scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
-    return {"steps": self.steps} | scale | {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+    slowed = {} if self.slowed is None else {"slowed": self.slowed}
+    return {"steps": self.steps} | scale | slowed | {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
 
   def update(self, gradients: list[Tensor], loss: Tensor | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Assign the next values, given the gradients of `params` in order (of the loss times `loss_scale`, where there is one), and the loss, a scalar,
@@ -82,7 +86,7 @@ class Optimizer:
     norm = total_norm(gradients)
     if self.gain != 1: norm = norm * self.gain
     if self.loss_scale is not None: norm = norm / self.loss_scale[:1]
-    lr = self.rate(self.steps)
+    lr = self._slowed(self.rate(self.steps))
     finite = norm.isfinite() & lr.isfinite()
     ok = (finite if loss is None else finite & loss.isfinite()).contiguous()
     logs = {"lr": lr, "gradient_norm": norm, "skipped": ok.where(0.0, 1.0)}
@@ -98,7 +102,7 @@ class Optimizer:
     t = self.steps + 1
     correction1, correction2 = (1 - (t * math.log(beta)).exp() for beta in self.betas)
     momentum = self.momentum(self.steps).contiguous() if callable(self.momentum) else self.momentum
-    bias_lr = None if self.bias_rate is None else self.bias_rate(self.steps).contiguous()
+    bias_lr = None if self.bias_rate is None else self._slowed(self.bias_rate(self.steps)).contiguous()
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
     average = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
     if fits(*self.params.values(), self.steps):
@@ -137,6 +141,13 @@ class Optimizer:
       "ADAM": int(self.kind != "sgd"), "DECOUPLED": int(self.kind == "adamw"), "NESTEROV": int(self.nesterov), "EMA": int(bool(self.ema)),
       "EPSILON": f"{self.eps!r}f", **{f"BETA{i}": f"{beta!r}f" for i, beta in enumerate(self.betas, 1)},
       **{f"REST{i}": f"{1 - beta!r}f" for i, beta in enumerate(self.betas, 1)}})
+
+  def _slowed(self, rate: Tensor) -> Tensor: return rate if self.slowed is None else rate * self.slowed
+
+  def slow(self, factor: float, last: float = 0.0) -> float:
+    """Multiply the rate of all further updates by `factor`, down to `last` of the schedule's; returns what it then is of that."""
+    self.slowed.assign((self.slowed * factor).maximum(last)).realize()
+    return float(self.slowed.numpy()[0])
 
   @contextlib.contextmanager
   def averaged(self) -> Iterator[None]:

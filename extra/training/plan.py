@@ -7,6 +7,8 @@ from tinygrad import Context, Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.datasets.download import DATASETS
+from tinydet.datasets.fit import Fit
+from tinydet.detection.anchor_fit import MISSED, best_iou
 from tinydet.detectors import Detector
 from tinydet.errors import UserError
 from tinydet.runtime.devices import to_devices
@@ -21,6 +23,7 @@ MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a la
 SPARE = 0.85                # of the time: the rest is for pictures, checkpoints and the report
 COMPILING = 2               # times what compiling the measured passes takes: the update and the evaluation compile too
 EVALUATION = 0.5            # of a training step's time, for a picture that is only looked at
+MISSING = 0.1               # share of boxes that anchors may miss before others are fitted
 UNITS = {"": 60, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -71,6 +74,30 @@ def steady_start(config: Any, run: Run, steps_per_epoch: int) -> None:
   config.warmup = max(config.warmup, round(min(STEADY / updates, config.epochs / 10), 3))
 
 
+def choose_anchors(config: Any, run: Run, detector: Detector, dataset: Any, fit: Fit) -> str:
+  """With `--anchors auto`, give `detector` anchors for the boxes of `dataset` as it sees them, where its own miss too many. Returns a note, or ""
+  where nobody asked; a run that is resumed has those it began with."""
+  if config.anchors != "auto" or run.resumed: return ""
+  if (own := detector.anchor_shapes()) is None: return f"--anchors auto: {detector.name} has no anchors to fit"
+  if not len(shapes := seen_shapes(dataset, fit)): return "--anchors auto: there are no boxes to fit them to"
+  before = float((best_iou(shapes, own) < MISSED).mean())
+  if before <= MISSING: return f"anchors: as they are, {before:.1%} of the boxes are below an IoU of {MISSED:g} with every shape"
+  detector.fit_anchors(shapes)
+  after = float((best_iou(shapes, detector.anchor_shapes()) < MISSED).mean())
+  return f"anchors: fitted to the boxes, of which {after:.1%} are below an IoU of {MISSED:g} with every shape, instead of {before:.1%}"
+
+
+def seen_shapes(dataset: Any, fit: Fit) -> np.ndarray:
+  """f64 [N,2]: width and height, in pixels of the network's input, of all objects of `dataset` that are to be learnt."""
+  truth = dataset.ground_truth()
+  sizes = np.array([(image["height"], image["width"]) for image in truth["images"]])
+  scale = dict(zip((image["id"] for image in truth["images"]), fit.resized(sizes) / sizes))
+  rows = [(a["bbox"][2] * scale[a["image_id"]][1], a["bbox"][3] * scale[a["image_id"]][0]) for a in truth["annotations"]
+          if not (a.get("iscrowd") or a.get("difficult"))]
+  shapes = np.array(rows, np.float64).reshape(-1, 2)
+  return shapes[(shapes > 0).all(1)]
+
+
 def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any]) -> None:
   """With `--budget`, settle size and epochs by the time of a step, which is measured, and print the plan. UserError where the time is too short."""
   if not config.budget or run.resumed: return
@@ -90,9 +117,11 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
                     f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
   take(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))})
   take(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)})
+  each = epoch_seconds(size)
   print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
-        f"{epoch_seconds(size):.0f} s, evaluated every {config.eval_every}; {step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; "
-        f"done in some {config.epochs * epoch_seconds(size) / 60 + (time.monotonic() - run.started) / 60:.0f} minutes")
+        f"{round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
+        f"{step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; done in some "
+        f"{max(1, round((config.epochs * each + COMPILING * compiling + time.monotonic() - run.started) / 60))} min")
 
 
 def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int]) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from tinydet.training.resume import Checkpoints, find_run, open_run, restore, ru
 from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer, settle_batch
 
 Config = TypeVar("Config", bound=TrainerConfig)
+SLOWER = 0.1   # times the rate, on a plateau (He et al. 2016, section 3.4)
 
 
 def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], main: Callable[[Config, "Run"], None], embedded: str,
@@ -64,6 +65,8 @@ class Run:
     self.config, self.ranks, self.score, self.started = config, ranks, score, started
     if config.find_lr and (config.resume or ranks.size > 1):
       raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
+    if config.schedule == "plateau" and getattr(config, "score_in_background", False):
+      raise UserError("--schedule plateau: follows each score at once; leave out --score-in-background")
     check_batch_size(config, ranks)
     settle_batch(config)
     self.gpus, self.signals = devices(config.gpus), Signals(ranks)
@@ -74,6 +77,7 @@ class Run:
     self.tracker: Any = None
     self.checkpoints: Checkpoints | None = None
     self.about: dict[str, Any] = {}
+    self._optimizer: Optimizer | None = None
     self._epoch = 0   # that was evaluated last
     self._closing = contextlib.ExitStack()
 
@@ -104,6 +108,7 @@ class Run:
     """The optimiser and the buffers of `network`: restored where the run is resumed, the same on all ranks, and on all devices."""
     tensors = get_state_dict(network)
     optimizer = make_optimizer(self.config, {key: t for key, t in tensors.items() if t.is_param}, steps_per_epoch, self.ranks.size)
+    self._optimizer = optimizer
     random.seed(self.config.seed, self.ranks.rank)
     if self.resumed and self.ranks.rank == 0: restore(network, optimizer, self._state, self.config.resume)
     random.restore(self.ranks.broadcast({key: values for key, values in self._state.items() if key.startswith("random.")}), self.ranks.rank)
@@ -133,7 +138,8 @@ class Run:
     self.folder = self.tracker.folder
     best = f"best_{self.score}"
     self.about = about | {"config": as_dict(config), "run_id": self.tracker.id, best: self.resumed[best] if self.resumed else -1.0,
-                          "best_epoch": self.resumed.get("best_epoch", 0) if self.resumed else 0}
+                          "best_epoch": self.resumed.get("best_epoch", 0) if self.resumed else 0,
+                          "slowed_epoch": self.resumed.get("slowed_epoch", 0) if self.resumed else 0}
     self.checkpoints = Checkpoints(self.folder, network, optimizer, self.about, keep=config.keep, every_steps=config.save_steps,
                                    every_minutes=config.save_minutes, ranks=self.ranks)
     for line in headline: print(line)
@@ -177,7 +183,7 @@ class Run:
   def keep_if_best(self, value: float, epoch: int, step: int, weights: dict[str, np.ndarray] | None = None) -> None:
     """Keep `weights`, by default those of now, where the score `value` is the best so far. Weights that are not finite are never the best."""
     self._epoch = epoch
-    if not value > self.best: return
+    if not value > self.best: return self._slow_down(epoch)
     weights = self.checkpoints.weights() if weights is None else weights
     if bad := [key for key, array in weights.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
       warn(f"epoch {epoch}: {bad[0]} is not finite: these weights are not kept as the best")
@@ -185,6 +191,14 @@ class Run:
     self.about[f"best_{self.score}"], self.about["best_epoch"] = value, epoch
     self.checkpoints.keep_best({"epoch": epoch, "step": step, self.score: value}, self.config.save_half, weights)
     self.tracker.improved()
+
+  def _slow_down(self, epoch: int) -> None:
+    """Lower the rate where the score has not risen for long enough, with the plateau schedule."""
+    waited = epoch - max(self.about.get("best_epoch", 0), self.about.get("slowed_epoch", 0))
+    if self.config.schedule != "plateau" or waited < self.config.plateau: return
+    left = self._optimizer.slow(SLOWER, self.config.last_lr)
+    self.about["slowed_epoch"] = epoch
+    print(f"no better {self.score} for {waited} epochs (--plateau {self.config.plateau}): the learning rate is now {left * self.config.lr:.3g}")
 
   def update_report(self, record: Callable[[], None] | None = None) -> None:
     """Write the report anew, after `record()`; a failure is said and costs the report alone."""

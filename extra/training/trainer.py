@@ -35,11 +35,12 @@ class TrainerConfig:
   nesterov: bool = option(False, "SGD with Nesterov's momentum", group="training")
   weight_decay: float = option(1e-4, "of kernels", minimum=0, group="training")
   norm_weight_decay: float = option(0.0, "of norm layers and biases", minimum=0, group="training")
-  schedule: str = option("cosine", "of the learning rate", choices=optim.SCHEDULES, group="training")
+  schedule: str = option("cosine", "of the learning rate; plateau: it falls where the score does not rise", choices=optim.SCHEDULES, group="training")
   milestones: tuple = option((), "epochs after which the step schedule divides by 10, such as 16,22", parse=_numbers,
                              show=lambda v: ",".join(map(str, v)) or "none", group="training")
+  plateau: int = option(5, "epochs without a better score after which the plateau schedule divides by 10", minimum=1, group="training")
   warmup: float = option(0.5, "epochs of linear warm-up from a thousandth of the learning rate", minimum=0, group="training")
-  last_lr: float = option(0.0, "where the cosine and linear schedules end, times the learning rate", minimum=0, maximum=1, group="training")
+  last_lr: float = option(0.0, "where the cosine, linear and plateau schedules end, times the learning rate", minimum=0, maximum=1, group="training")
   warmup_momentum: float | None = option(None, "SGD's momentum where a warm-up begins; none: as ever", minimum=0, maximum=1, group="training")
   warmup_bias_lr: float | None = option(None, "learning rate of biases where a warm-up begins, the others' being 0 there; none: as the others'",
                                         minimum=0, group="training")
@@ -116,4 +117,4 @@ def make_optimizer(config: TrainerConfig, params: dict[str, Tensor], steps_per_e
   return optim.Optimizer(params, config.optimizer, rate, momentum=momentum, weight_decay=config.weight_decay * share,
                          norm_weight_decay=config.norm_weight_decay, clip_norm=config.clip_norm, ema_decay=config.ema, accumulate=config.accumulate,
                          loss_scale=2.0 ** 14 if "half" in (config.dtype, config.wire) else None, nesterov=config.nesterov,
-                         bias_rate=bias_rate if biased else None, ema_tau=config.ema_tau, gain=gain)
+                         bias_rate=bias_rate if biased else None, ema_tau=config.ema_tau, gain=gain, slows=config.schedule == "plateau")

@@ -168,7 +168,7 @@ def _fit_classes(tensors: dict[str, np.ndarray], rows: Mapping[str, tuple[int, i
   else: labels = [None] * here
   if labels == list(range(there)): return tensors, None
   tensors = select_classes(tensors, rows, labels, own)
-  if not any(label is not None for label in labels): return tensors, f"{path.name}: knows other classes, {', '.join(rows)} start anew"
+  if not any(label is not None for label in labels): return tensors, f"{path.name}: knows other classes, {some(list(rows), 2)} start anew"
   kept = [name for name, label in zip(class_names or (), labels) if label is not None]
   new = [name for name, label in zip(class_names or (), labels) if label is None]
   return tensors, f"{path.name}: knows {some(kept)}" + (f"; the class logits of {some(new)} start anew" if new else ", in another order")

@@ -1,0 +1,86 @@
+"""Anchors fitted to boxes: k-means against a plain one in float64, what the network then has, and that weights say so."""
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+import numpy as np, pytest
+from tinydet import detectors
+from tinydet.datasets.fit import Fit
+from tinydet.detection.anchor_fit import MISSED, anchor_shapes, best_iou, fit_levels, fit_shapes
+from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, anchors
+from tinydet.errors import UserError
+from tinydet.training.plan import choose_anchors, seen_shapes
+
+NAME = "retinanet_resnet10_quarter_fpn"
+
+
+def iou(a, b):
+  inner = min(a[0], b[0]) * min(a[1], b[1])
+  return inner / (a[0] * a[1] + b[0] * b[1] - inner)
+
+
+def test_clusters_are_a_fixed_point_and_find_what_was_drawn():
+  rng = np.random.default_rng(0)
+  centres = np.array([(10, 30), (40, 12), (60, 60), (200, 90)], float)
+  shapes = np.concatenate([c * rng.uniform(0.9, 1.1, (40, 2)) for c in centres])
+  found = fit_shapes(shapes, 4)
+  np.testing.assert_allclose(found, centres[np.argsort(centres.prod(1))], rtol=0.05)
+  np.testing.assert_array_equal(found, fit_shapes(shapes, 4))
+  nearest = np.array([max(range(4), key=lambda i: iou(s, found[i])) for s in shapes])
+  for i in range(4): np.testing.assert_allclose(found[i], shapes[nearest == i].mean(0))
+  for few in (shapes[:1], shapes[:2], np.repeat(shapes[:1], 9, 0)):   # fewer shapes than clusters
+    assert fit_shapes(few, 3).shape == (3, 2) and np.isin(fit_shapes(few, 3).round(6), few.round(6)).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(9.0, 40.0), (11.0, 9.0), (100.0, 18.0)])
+def test_levels_suit_slim_and_small_boxes(width, height):
+  shapes = np.array([width, height]) * np.random.default_rng(1).uniform(0.8, 1.25, (200, 2))
+  sizes, ratios = fit_levels(shapes)
+  assert np.shape(sizes) == (5, 3) and len(ratios) == 3 and list(ratios) == sorted(ratios)
+  assert all(b == pytest.approx(2 * a, rel=0.04) for one, other in pairwise(sizes) for a, b in zip(one, other))   # still an octave a level
+  before, after = best_iou(shapes, anchor_shapes()), best_iou(shapes, anchor_shapes(sizes, ratios))
+  assert after.mean() > before.mean() + 0.1 and (after < MISSED).mean() < 0.05
+
+
+class Boxes:
+  name = "boxes"
+  def __init__(self, boxes, size=(200, 100)): self.boxes, self.size = boxes, size
+  def __len__(self): return 1
+  def ground_truth(self):
+    odd = [{"image_id": 7, "category_id": 1, "bbox": [0, 0, 99, 1], "iscrowd": 1}, {"image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 9]}]
+    return {"images": [{"id": 7, "height": self.size[0], "width": self.size[1]}],
+            "annotations": [{"image_id": 7, "category_id": 1, "bbox": [3, 4, w, h], "iscrowd": 0} for w, h in self.boxes] + odd}
+
+
+@pytest.mark.parametrize(("fit", "scale"), [(Fit((320, 320)), (3.2, 1.6)), (Fit((320, 320), letterbox=True), (1.6, 1.6)),
+                                            (Fit((160, 160), 1333), (1.6, 1.6)), (Fit((160, 160), 240), (1.2, 1.2))])
+def test_boxes_are_judged_as_the_network_sees_them(fit, scale):
+  np.testing.assert_allclose(seen_shapes(Boxes([(10, 20), (5, 50)]), fit), np.array([(10, 20), (5, 50)]) * scale)
+  assert seen_shapes(Boxes([]), fit).shape == (0, 2)
+
+
+class Run: resumed = None
+class Config: anchors = "auto"
+
+
+def test_weights_say_which_anchors_they_learnt():
+  detector, slim = detectors.build(NAME, 2, norm="batch"), Boxes([(4, 60), (5, 70), (4, 64)])
+  assert "as they are" in choose_anchors(Config, Run, detector, Boxes([(30, 30)] * 9), Fit((200, 200))) and "anchors" not in detector.about()
+  note = choose_anchors(Config, Run, detector, slim, Fit((100, 200)))
+  assert "0.0% are below an IoU of 0.4 with every shape, instead of 100.0%" in note
+  about = json.loads(json.dumps(detector.about()))
+  other = detectors.build(NAME, 2, norm="batch")
+  other.assume(about)
+  np.testing.assert_array_equal(other.anchors((64, 64)).numpy(), detector.anchors((64, 64)).numpy())
+  np.testing.assert_array_equal(other.anchors((64, 64)).numpy(), anchors(64, 64, False, *fit_levels(np.array(slim.boxes, float))))
+  assert other.about() == detector.about()
+  other.assume({})
+  assert (other.sizes, other.ratios) == (SIZES, ASPECT_RATIOS) and "anchors" not in other.about()
+  for odd in ([], {"sizes": 3}, {"sizes": [[1, 2, 3]] * 5, "ratios": [1, 2]}, {"sizes": [[1, 2, -3]] * 5, "ratios": [1, 2, 3]}, "x",
+              {"sizes": [[1, 2, float("nan")]] * 5, "ratios": [1, 2, 3]}, {"sizes": [["a"] * 3] * 5, "ratios": [1, 2, 3]}):
+    with pytest.raises(UserError, match="anchors"): other.assume({"anchors": odd})
+
+
+def test_families_without_anchors_and_resumed_runs_keep_what_they_have():
+  yolo = detectors.build("yolov8t", 2)
+  assert "no anchors to fit" in choose_anchors(Config, Run, yolo, Boxes([(4, 60)]), Fit((96, 96)))
+  assert choose_anchors(Config, SimpleNamespace(resumed={"step": 1}), yolo, Boxes([(4, 60)]), Fit((96, 96))) == ""
