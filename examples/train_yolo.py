@@ -29,11 +29,26 @@ PRESETS = {
   # The default where --data is a folder, meant for a few hundred to some thousand pictures.
   "folder": AUGMENT | {"weights": "auto", "epochs": 60, "lr": 1.5e-3, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0,
                        "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "eval_every": 5},
-  # The published recipe of YOLOv8 (and v5u, 11): SGD for 64 pictures an update, mosaics but for the last 10 epochs.
-  "coco": AUGMENT | {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
-           "nesterov": True, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "warmup_momentum": 0.8,
-           "warmup_bias_lr": 0.1, "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "score_in_background": True, "workers": 8, "log_every": 50}}
-
+}
+# The published recipe of YOLOv8, v5u and 11: SGD for 64 pictures an update, mosaics but for the last 10 epochs.
+COCO = AUGMENT | {"data": "coco", "size": (640, 640), "bs": 16, "nominal_bs": 64, "epochs": 500, "optimizer": "sgd", "lr": 0.01, "momentum": 0.937,
+        "nesterov": True, "weight_decay": 5e-4, "schedule": "linear", "last_lr": 0.01, "warmup": 3.0, "warmup_momentum": 0.8,
+        "warmup_bias_lr": 0.1, "clip_norm": 10.0, "ema": 0.9999, "ema_tau": 2000.0, "score_in_background": True, "workers": 8, "log_every": 50}
+# darknet's: 64 pictures an update, whose gradients are averaged; sizes from 320 to 640 at random. Batches count as shares of COCO's epochs of 1,848.
+DARKNET = {"data": "coco", "size": (480, 480), "multi_scale": 0.33, "bs": 16, "accumulate": 4, "epochs": 271, "optimizer": "sgd", "momentum": 0.9,
+           "lr": 1e-3, "weight_decay": 5e-4, "schedule": "step", "milestones": (216, 243), "warmup": 0.54, "zoom": 0.3, "shift": 0.15, "hsv": True,
+           "score_in_background": True, "workers": 8, "log_every": 50}
+PRESETS |= {
+  "coco": COCO,
+  "coco-v3": DARKNET | {"model": "yolov3"},
+  "coco-v4": DARKNET | {"model": "yolov4", "lr": 1.3e-3, "momentum": 0.949, "mosaic": 1.0, "close_mosaic": 0},
+  "coco-v5": COCO | {"model": "yolov5n-classic", "epochs": 300, "close_mosaic": 0},
+  "coco-v6": COCO | {"model": "yolov6n", "epochs": 300, "schedule": "cosine"},
+  "coco-v7": COCO | {"model": "yolov7", "epochs": 300, "last_lr": 0.1, "zoom": 0.9, "shift": 0.2, "mixup": 0.15, "paste": 0.15, "close_mosaic": 0},
+  "coco-v9": COCO | {"model": "yolov9s", "zoom": 0.9, "mixup": 0.15, "paste": 0.3, "close_mosaic": 15},
+  "coco-v10": COCO | {"model": "yolov10n", "bs": 256, "nominal_bs": 0},
+  "coco-12": COCO | {"model": "yolo12n", "epochs": 600},
+  "coco-26": COCO | {"model": "yolo26n"}}   # published with MuSGD, for which SGD stands in: it would triple the kernels of a step
 
 # What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
 BUDGET = {"processor": {"model": "yolov8t", "lr": 2e-3}, "gpu": {"model": "yolov8s", "size": (640, 640)}}

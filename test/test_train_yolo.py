@@ -89,6 +89,12 @@ def test_presets_are_what_is_published():
                "schedule": "linear", "last_lr": 0.01, "nominal_bs": 64, "mosaic": 1.0, "zoom": 0.5, "shift": 0.1, "ema": 0.9999, "ema_tau": 2000.0}
   assert published.items() <= coco.items() and program.Config(**coco).close_mosaic == 10
   for preset in program.PRESETS.values(): program.Config(**preset)
+  # 500,200 batches of 64 of COCO's 118,287 pictures, the rate divided by 10 at 400,000 and 450,000 (darknet's cfg files)
+  v3 = program.PRESETS["coco-v3"]
+  batches = 118287 / 64
+  assert v3["bs"] * v3["accumulate"] == 64 and [round(n / batches) for n in (400_000, 450_000, 500_200)] == [*v3["milestones"], v3["epochs"]]
+  assert {name.removeprefix("coco-"): preset["epochs"] for name, preset in program.PRESETS.items() if name.startswith("coco-")} == {
+    "v3": 271, "v4": 271, "v5": 300, "v6": 300, "v7": 300, "v9": 500, "v10": 500, "12": 600, "26": 500}
 
 
 def test_every_family_is_offered():
