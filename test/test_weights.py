@@ -86,6 +86,30 @@ def test_networks_are_recognised_by_their_tensors(backbone, blank):
     assert retinanet.recognise({k: s for k, s in shapes.items() if "layer3.0" not in k}) is None
 
 
+@pytest.mark.parametrize("backbone", ["resnet10_quarter", "shufflenet_v2_x0_5", "mobilenet_v2", "squeezenet1_1", "alexnet"])
+def test_a_pyramid_of_any_width_tells_the_variants_apart(backbone, blank):
+  last = classifiers.made(backbone, None).out_channels[-1]
+  for width in {32, 64, 128, 256, last}:
+    for variant in ("", "_v2"):
+      name = f"retinanet_{backbone}_fpn{variant}"
+      shapes = shapes_of(retinanet.build(name, 7, channels=width))
+      assert name in retinanet.variants(shapes)
+      # of networks without norms only a file's own word can tell
+      if width != last or any(key.endswith("running_mean") for key in shapes): assert retinanet.recognise(shapes) == name, width
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("variant", ["", "_v2"])
+def test_a_file_says_where_its_p6_comes_from(variant, norm, tmp_path):
+  name = f"{NAME}{variant}"
+  model = retinanet.build(name, 2, norm, channels=128)   # as wide as C5: tensors of v1 and v2 have the same shapes
+  save_weights(tmp_path / "w.safetensors", get_state_dict(model), {"model": name, "norm": norm})
+  detector, about, notes = open_detector(str(tmp_path / "w.safetensors"))
+  assert detector.name == about["model"] == name and detector.network.backbone.fpn.p6_from == ("c5" if variant else "p5") and not notes
+  tensors = get_state_dict(detector.network)
+  assert all((tensors[key].numpy() == t.numpy()).all() for key, t in get_state_dict(model).items() if key in tensors)
+
+
 def test_old_names(blank):
   """`test_torch_weights.py` shows that these are torchvision's old names."""
   for name in ("retinanet_resnet18_fpn", "retinanet_resnet50_fpn"):
