@@ -97,8 +97,8 @@ def current_key(key: str) -> str:
 
 
 def variants(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-  """Names for `build` of the detectors whose tensors have these names and shapes (`current_key` names), the likeliest first; none if it is none of this
-  project. There are two where C5 is as wide as the pyramid, as P6 may come from either then."""
+  """Names for `build` of the detectors whose tensors have these names and shapes (`current_key` names), the likeliest first; none if it is none of
+  this project. There are two where C5 is as wide as the pyramid, as P6 may come from either then."""
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
   p6 = shapes.get("backbone.fpn.extra_blocks.p6.weight")
   if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return []
