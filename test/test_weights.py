@@ -7,7 +7,7 @@ from tinydet.errors import UserError
 from tinydet.models import classifiers, resnet, retinanet
 from tinydet.nn import init
 from tinydet.weights import checkpoint, torch_file
-from tinydet.detectors import open_detector
+from tinydet.detectors import build, open_detector
 from tinydet.weights.weights import fit, load_weights, open_weights, read, save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +108,27 @@ def test_a_file_says_where_its_p6_comes_from(variant, norm, tmp_path):
   assert detector.name == about["model"] == name and detector.network.backbone.fpn.p6_from == ("c5" if variant else "p5") and not notes
   tensors = get_state_dict(detector.network)
   assert all((tensors[key].numpy() == t.numpy()).all() for key, t in get_state_dict(model).items() if key in tensors)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ["fcos_resnet10_quarter_fpn", "fcos_squeezenet1_1_fpn", "retinanet_shufflenet_v2_x0_5_fpn",
+                                  "retinanet_mobilenet_v3_small_fpn_v2", "retinanet_densenet121_fpn"])
+def test_a_detectors_own_file_opens_to_the_bit(name, suffix, tmp_path):
+  made = build(name, 3, norm="batch" if "_v2" in name else "frozen", seed=7, channels=16)
+  kept = {key: t.numpy() for key, t in get_state_dict(made.network).items()}
+  opened, _, notes = open_detector(save(tmp_path / f"w{suffix}", kept))
+  assert (opened.name, opened.num_classes, notes) == (name, 3, [])
+  tensors = get_state_dict(opened.network)
+  assert tensors.keys() == {key for key in kept if key in tensors or not key.endswith("num_batches_tracked")}
+  for key, t in tensors.items(): np.testing.assert_array_equal(t.numpy(), kept[key], err_msg=key)
+
+
+def test_an_old_pyramid_under_fcos(tmp_path):
+  kept = {key: t.numpy() for key, t in get_state_dict(build("fcos_resnet10_quarter_fpn", 3, channels=16).network).items()}
+  old = {re.sub(r"(inner|layer)_blocks\.(\d)\.0\.", r"\1_blocks.\2.", key): a for key, a in kept.items()}
+  assert old.keys() != kept.keys()
+  opened, _, _ = open_detector(save(tmp_path / "w.pth", old))
+  for key, t in get_state_dict(opened.network).items(): np.testing.assert_array_equal(t.numpy(), kept[key], err_msg=key)
 
 
 def test_old_names(blank):
