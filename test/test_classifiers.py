@@ -6,9 +6,10 @@ from tinygrad.nn.state import get_state_dict
 from tinydet import models
 from tinydet.errors import UserError
 from tinydet.models import classifiers, densenet, retinanet
+from tinydet.models.classifier import SqueezeExcitation
 from tinydet.models.preprocess import normalize
 from tinydet.nn import init
-from tinydet.nn.layers import BatchNorm, LayerNorm, stochastic_depth
+from tinydet.nn.layers import BatchNorm, LayerNorm, hard_sigmoid, relu, stochastic_depth
 from tinydet.runtime import random
 from tinydet.weights import pretrained, torch_file
 from tinydet.weights.weights import fit, open_weights
@@ -90,6 +91,28 @@ def test_stages_freeze_from_the_bottom(blank):
   retinanet.freeze(model, 3)
   learnt = {int(key.split(".")[3]) for key, t in get_state_dict(model).items() if key.startswith("backbone.body.") and t.is_param}
   assert learnt == set(range(4, 19)), "what is at strides 2 and 4 does not learn"
+
+
+def test_squeeze_and_excitation_in_double_precision():
+  """Channels times what their means decide; the gradient against differences of the same in float64."""
+  rng = np.random.default_rng(1)
+  part = SqueezeExcitation(6, 3, relu, hard_sigmoid)
+  tensors = get_state_dict(part)
+  for t in tensors.values(): init.set_values(t, rng.standard_normal(t.shape))
+  w1, b1, w2, b2 = (tensors[key].numpy().astype(np.float64) for key in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+  x, r = (rng.standard_normal((2, 6, 5, 3)).astype(np.float32) for _ in range(2))
+
+  def formula(x, w1):
+    scale = np.maximum(x.mean((2, 3)) @ w1[:, :, 0, 0].T + b1, 0) @ w2[:, :, 0, 0].T + b2
+    return x * (scale / 6 + 0.5).clip(0, 1)[:, :, None, None]
+
+  y = part(given := Tensor(x))
+  found = (y * Tensor(r)).sum().gradient(given, tensors["fc1.weight"])
+  np.testing.assert_allclose(y.numpy(), formula(x.astype(np.float64), w1), atol=1e-5)
+  for of, gradient in zip((0, 1), found):
+    along = rng.standard_normal(gradient.shape)
+    ends = [(formula(*(a + sign * 1e-6 * along if i == of else a for i, a in enumerate((x.astype(np.float64), w1)))) * r).sum() for sign in (1, -1)]
+    np.testing.assert_allclose((gradient.numpy() * along).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
 def test_stochastic_depth_drops_whole_pictures_and_its_draws_resume():

@@ -1,9 +1,10 @@
 """Layers against float64 numpy, and what a seed promises about first values."""
+import math
 import numpy as np, pytest
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from tinydet.nn import init
-from tinydet.nn.layers import NORMS, BatchNorm, Conv2d, FrozenBatchNorm, GroupNorm, Linear
+from tinydet.nn import init, layers
+from tinydet.nn.layers import NORMS, BatchNorm, Conv2d, FrozenBatchNorm, GroupNorm, LayerNorm, Linear
 
 SHAPE = (3, 8, 5, 4)
 RNG = np.random.default_rng(0)
@@ -95,6 +96,32 @@ def test_group_norm():
   np.testing.assert_allclose(gradients["bias"], R.sum((0, 2, 3)), atol=1e-4)
   assert state.keys() == {"weight", "bias"} == gradients.keys() - {"x"}
   assert [NORMS["group"](channels).groups for channels in (16, 64, 128, 256, 2048)] == [4, 16, 32, 32, 32]
+
+
+def test_layer_norm_is_over_each_pixels_channels():
+  y, gradients, _ = applied(made(LayerNorm(8, eps=1e-6)), 1)
+  normal, back = normalised(X.astype(np.float64), 1, 1e-6)
+  np.testing.assert_allclose(y, normal * channel(VALUES["weight"]) + channel(VALUES["bias"]), atol=1e-4)
+  np.testing.assert_allclose(gradients["x"], back(R * channel(VALUES["weight"]).astype(np.float64)), atol=1e-5)
+  np.testing.assert_allclose(gradients["weight"], (R * normal).sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(gradients["bias"], R.astype(np.float64).sum((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def _gelu(x): return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+@pytest.mark.parametrize(("name", "formula"), [
+  ("relu6", lambda x: x.clip(0, 6)), ("hard_sigmoid", lambda x: (x / 6 + 0.5).clip(0, 1)), ("hard_swish", lambda x: x * (x / 6 + 0.5).clip(0, 1)),
+  ("gelu", _gelu), ("silu", lambda x: x / (1 + np.exp(-x))), ("mish", lambda x: x * np.tanh(np.log1p(np.exp(x))))])
+def test_activations_and_their_slopes(name, formula):
+  # far out, near 0, and on both sides of each corner, none nearer than the difference's step
+  x = np.concatenate([np.linspace(-80, 80, 23), np.linspace(-7, 7, 57) + 0.01]).astype(np.float32)
+  given, step = Tensor(x), 1e-5
+  y = getattr(layers, name)(given)
+  slope = y.sum().gradient(given)[0]
+  wide = x.astype(np.float64)
+  np.testing.assert_allclose(y.numpy(), formula(wide), rtol=1e-5, atol=2e-6)
+  np.testing.assert_allclose(slope.numpy(), (formula(wide + step) - formula(wide - step)) / (2 * step), atol=1e-5)
 
 
 def test_linear_and_the_type_of_what_is_given():

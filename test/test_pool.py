@@ -1,4 +1,5 @@
 """Max pooling with its own gradient: against a float64 loop over windows, and finite differences."""
+from functools import partial
 import numpy as np, pytest
 from tinygrad import Tensor
 from tinydet.nn.pool import max_pool, max_pool_2x2, max_pool_covering, mean_pool_half, mean_pool_same, mean_pool_to
@@ -80,6 +81,16 @@ def test_means_are_torchs():
     def ends(i, side, size=size): return slice(i * side // size, -(-(i + 1) * side // size))
     rows = [np.stack([x[:, :, ends(i, 7), ends(j, 9)].mean((2, 3), dtype=np.float64) for j in range(size)], -1) for i in range(size)]
     close(mean_pool_to(Tensor(x), size), np.stack(rows, -2))
+
+
+@pytest.mark.parametrize("pool", [mean_pool_half, partial(mean_pool_half, ceil=True), mean_pool_same, partial(mean_pool_to, size=4),
+                                  partial(mean_pool_to, size=11)], ids=["floor", "ceil", "same", "to less", "to more"])
+def test_a_means_gradient_is_its_transpose(pool):
+  rng = np.random.default_rng(5)   # of a linear map A: (A^T r) . v = r . (A v), for any r and v
+  x, v = (Tensor(rng.standard_normal((2, 3, 7, 9)).astype(np.float32)) for _ in range(2))
+  r = rng.standard_normal((out := pool(x)).shape).astype(np.float32)
+  back = (out * Tensor(r)).sum().gradient(x)[0].numpy().astype(np.float64)
+  np.testing.assert_allclose((back * v.numpy()).sum(), (r.astype(np.float64) * pool(v).numpy()).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ceil", [False, True])

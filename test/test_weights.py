@@ -7,7 +7,7 @@ from tinydet.errors import UserError
 from tinydet.models import classifiers, resnet, retinanet
 from tinydet.nn import init
 from tinydet.weights import checkpoint, torch_file
-from tinydet.detectors import open_detector
+from tinydet.detectors import build, open_detector
 from tinydet.weights.weights import fit, load_weights, open_weights, read, save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +84,51 @@ def test_networks_are_recognised_by_their_tensors(backbone, blank):
     shapes = shapes_of(retinanet.build(name, 7))
     assert retinanet.recognise(shapes) == name and classifiers.recognise(shapes) is None
     assert retinanet.recognise({k: s for k, s in shapes.items() if "layer3.0" not in k}) is None
+
+
+@pytest.mark.parametrize("backbone", ["resnet10_quarter", "shufflenet_v2_x0_5", "mobilenet_v2", "squeezenet1_1", "alexnet"])
+def test_a_pyramid_of_any_width_tells_the_variants_apart(backbone, blank):
+  last = classifiers.made(backbone, None).out_channels[-1]
+  for width in {32, 64, 128, 256, last}:
+    for variant in ("", "_v2"):
+      name = f"retinanet_{backbone}_fpn{variant}"
+      shapes = shapes_of(retinanet.build(name, 7, channels=width))
+      assert name in retinanet.variants(shapes)
+      # of networks without norms only a file's own word can tell
+      if width != last or any(key.endswith("running_mean") for key in shapes): assert retinanet.recognise(shapes) == name, width
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("variant", ["", "_v2"])
+def test_a_file_says_where_its_p6_comes_from(variant, norm, tmp_path):
+  name = f"{NAME}{variant}"
+  model = retinanet.build(name, 2, norm, channels=128)   # as wide as C5: tensors of v1 and v2 have the same shapes
+  save_weights(tmp_path / "w.safetensors", get_state_dict(model), {"model": name, "norm": norm})
+  detector, about, notes = open_detector(str(tmp_path / "w.safetensors"))
+  assert detector.name == about["model"] == name and detector.network.backbone.fpn.p6_from == ("c5" if variant else "p5") and not notes
+  tensors = get_state_dict(detector.network)
+  assert all((tensors[key].numpy() == t.numpy()).all() for key, t in get_state_dict(model).items() if key in tensors)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ["fcos_resnet10_quarter_fpn", "fcos_squeezenet1_1_fpn", "retinanet_shufflenet_v2_x0_5_fpn",
+                                  "retinanet_mobilenet_v3_small_fpn_v2", "retinanet_densenet121_fpn"])
+def test_a_detectors_own_file_opens_to_the_bit(name, suffix, tmp_path):
+  made = build(name, 3, norm="batch" if "_v2" in name else "frozen", seed=7, channels=16)
+  kept = {key: t.numpy() for key, t in get_state_dict(made.network).items()}
+  opened, _, notes = open_detector(save(tmp_path / f"w{suffix}", kept))
+  assert (opened.name, opened.num_classes, notes) == (name, 3, [])
+  tensors = get_state_dict(opened.network)
+  assert tensors.keys() == {key for key in kept if key in tensors or not key.endswith("num_batches_tracked")}
+  for key, t in tensors.items(): np.testing.assert_array_equal(t.numpy(), kept[key], err_msg=key)
+
+
+def test_an_old_pyramid_under_fcos(tmp_path):
+  kept = {key: t.numpy() for key, t in get_state_dict(build("fcos_resnet10_quarter_fpn", 3, channels=16).network).items()}
+  old = {re.sub(r"(inner|layer)_blocks\.(\d)\.0\.", r"\1_blocks.\2.", key): a for key, a in kept.items()}
+  assert old.keys() != kept.keys()
+  opened, _, _ = open_detector(save(tmp_path / "w.pth", old))
+  for key, t in get_state_dict(opened.network).items(): np.testing.assert_array_equal(t.numpy(), kept[key], err_msg=key)
 
 
 def test_old_names(blank):

@@ -8,6 +8,7 @@ from tinydet import models
 from tinydet.detectors import fcos, retinanet, yolo
 from tinydet.detectors.detector import Detector, Predicted, Preprocessing
 from tinydet.errors import UserError
+from tinydet.models import retinanet as networks
 from tinydet.weights import pretrained, weights, yolo_published
 
 __all__ = ["FAMILIES", "Detector", "Predicted", "Preprocessing", "best_start", "build", "known_names", "open_detector", "recognise", "start"]
@@ -53,7 +54,8 @@ def open_detector(name: str, variant: str = "v1", class_names: Sequence[str] | N
     kind = models.recognise(shapes)
     what = f"is a classifier, {kind}" if kind else f"is no detector of this project, its first tensors are {weights.some(sorted(shapes))}"
     raise UserError(f"{path}: {what}; give the weights of a detector")
-  detector = build(found[0], found[1], **found[2])
+  model = about["model"] if about.get("model") in networks.variants(shapes) else found[0]   # the shapes of some are those of v1 and v2
+  detector = build(model, found[1], **found[2])
   notes += weights.fit(detector.network, tensors, path)
   detector.assume(about)
   about |= {"weights": str(path)}

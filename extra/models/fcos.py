@@ -2,11 +2,14 @@
 import math
 from collections.abc import Mapping
 from tinygrad import Tensor, dtypes
-from tinydet.models import classifiers, fpn
+from tinydet.models import classifiers, fpn, retinanet
 from tinydet.models.classifier import Classifier
 from tinydet.models.retinanet import PRIOR, Backbone, usual_channels
 from tinydet.nn import canvas, init
 from tinydet.nn.layers import NORMS, Conv2d, relu
+
+
+MARK = "head.regression_head.bbox_ctrness.weight"   # a tensor that RetinaNet has not
 
 
 class _Head:
@@ -61,10 +64,15 @@ class FCOS:
   def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]: return self.heads(self.backbone.fpn(self.backbone.body.feature_maps(x)))
 
 
+def current_key(key: str) -> str:
+  """The name that torchvision gives a tensor now, from the one in an older file: pyramids changed as RetinaNet's, heads did not. Theirs are counted
+  with norms and activations between them, as if they were an old RetinaNet's."""
+  return key if key.startswith("head.") else retinanet.current_key(key)
+
+
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
   """The name for `build` of the detector whose tensors have these names and shapes; None if it is none of this project."""
-  heads = ("classification_head.cls_logits", "regression_head.bbox_ctrness")
-  if not all(len(shapes.get(f"head.{key}.weight", ())) == 4 for key in heads): return None
+  if not all(len(shapes.get(key, ())) == 4 for key in ("head.classification_head.cls_logits.weight", MARK)): return None
   body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
   backbone = classifiers.recognise(body)
   return None if backbone is None else f"fcos_{backbone}_fpn"

@@ -96,18 +96,27 @@ def current_key(key: str) -> str:
   return key
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """The name for `build` of the detector whose tensors have these names and shapes (`current_key` names); None if it is none of this project."""
+def variants(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+  """Names for `build` of the detectors whose tensors have these names and shapes (`current_key` names), the likeliest first; none if it is none of
+  this project. There are two where C5 is as wide as the pyramid, as P6 may come from either then."""
   heads = ("head.classification_head.cls_logits.weight", "head.regression_head.bbox_reg.weight")
   p6 = shapes.get("backbone.fpn.extra_blocks.p6.weight")
-  if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return None
-  if "head.regression_head.bbox_ctrness.weight" in shapes: return None   # FCOS, which has all that RetinaNet has
+  if p6 is None or not all(len(shapes.get(key, ())) == 4 and shapes[key][0] >= 4 for key in heads): return []
+  if "head.regression_head.bbox_ctrness.weight" in shapes: return []   # FCOS, which has all that RetinaNet has
   body = {key.removeprefix("backbone.body."): shape for key, shape in shapes.items() if key.startswith("backbone.body.")}
-  if (backbone := classifiers.recognise(body)) is None: return None
-  # v2 takes P6 from C5; where that is as wide as the pyramid, the heads tell
-  v2 = p6[0] != p6[1] or (p6[1] == classifiers.made(backbone, None).out_channels[-1] and p6[1] >= WIDTH and
-                          "head.classification_head.conv.0.1.weight" in shapes)
-  return f"retinanet_{backbone}_fpn" + "_v2" * v2
+  if (backbone := classifiers.recognise(body)) is None: return []
+  v1, v2 = f"retinanet_{backbone}_fpn", f"retinanet_{backbone}_fpn_v2"
+  if p6[0] != p6[1]: return [v2]
+  normed = "head.classification_head.conv.0.1.weight" in shapes
+  if p6[1] != classifiers.made(backbone, None).out_channels[-1] or not normed: return [v1]
+  if p6[1] >= WIDTH: return [v2]
+  # narrow heads have norms in both; v2's backbone has batch norm, which counts its batches
+  return [v2, v1] if any(key.endswith("num_batches_tracked") for key in body) else [v1, v2]
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+  """The first of `variants`; None if there is none."""
+  return next(iter(variants(shapes)), None)
 
 
 def init_rule(model: RetinaNet, key: str, shape: tuple[int, ...]) -> init.Draw:

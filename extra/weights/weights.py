@@ -7,7 +7,7 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet import models
-from tinydet.models import classifiers, densenet, retinanet
+from tinydet.models import classifiers, densenet, fcos, retinanet
 from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yolo_published, yolo_weights
 
@@ -98,7 +98,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict, list[str]]:
   if yolo_weights.is_yolo(tree):
     tree, more = yolo_weights.canonical(tree)
     notes += [f"{path.name}: {line}" for line in more]
-  return {densenet.current_key(retinanet.current_key(k)): v for k, v in tree.items()}, metadata if isinstance(metadata, dict) else {}, notes
+  current = fcos.current_key if fcos.MARK in tree else retinanet.current_key
+  return {densenet.current_key(current(k)): v for k, v in tree.items()}, metadata if isinstance(metadata, dict) else {}, notes
 
 
 def open_weights(name: str, architecture: str) -> tuple[Path, dict[str, np.ndarray], dict, list[str]]:
