@@ -3,11 +3,14 @@ import json
 from itertools import pairwise
 from types import SimpleNamespace
 import numpy as np, pytest
+from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.datasets.fit import Fit
 from tinydet.detection.anchor_fit import MISSED, anchor_shapes, best_iou, fit_levels, fit_shapes
 from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, anchors
+from tinydet.detectors import yolo
 from tinydet.errors import UserError
+from tinydet.nn.init import set_values
 from tinydet.training.plan import choose_anchors, seen_shapes
 
 NAME = "retinanet_resnet10_quarter_fpn"
@@ -84,3 +87,25 @@ def test_families_without_anchors_and_resumed_runs_keep_what_they_have():
   yolo = detectors.build("yolov8t", 2)
   assert "no anchors to fit" in choose_anchors(Config, Run, yolo, Boxes([(4, 60)]), Fit((96, 96)))
   assert choose_anchors(Config, SimpleNamespace(resumed={"step": 1}), yolo, Boxes([(4, 60)]), Fit((96, 96))) == ""
+
+
+@pytest.mark.parametrize("name", ["yolov3-tiny", "yolov5n-classic", "yolov7"])
+def test_a_yolos_anchors_are_fitted_and_kept(name):
+  detector = yolo.build(name, 2)
+  levels = len(detector.facts.strides)
+  published = detector.anchor_shapes()
+  np.testing.assert_allclose(published, np.reshape(detector.facts.anchors, (-1, 2)), rtol=1e-5)
+  assert yolo.build("yolov8n", 2).anchor_shapes() is None
+  centres = np.array([(4 + 3 * i, 5 + 4 * i) for i in range(3 * levels)], np.float64) * 2
+  shapes = (centres[:, None] + np.array([(-0.1, 0), (0.1, 0), (0, 0.1), (0, -0.1)])).reshape(-1, 2)
+  detector.fit_anchors(shapes)
+  np.testing.assert_allclose(detector.anchor_shapes(), centres, atol=0.01)
+  again = yolo.build(name, 2)
+  again.assume(detector.about())
+  for key, tensor in get_state_dict(detector.network).items():
+    if "anchor" in key: set_values(get_state_dict(again.network)[key], tensor.numpy())
+  np.testing.assert_allclose(again.anchor_shapes(), centres, atol=0.01)
+  if name == "yolov7": np.testing.assert_allclose(detector.network.model[-1].anchor_grid.numpy().reshape(-1, 2), centres, atol=0.01)
+  if name == "yolov3-tiny":
+    for wrong in ([1, 2], "many", [[[1, 2]] * 3] * 5, [[[0, 2]] * 3] * levels):
+      with pytest.raises(UserError, match="anchors"): again.assume(detector.about() | {"anchors": wrong})

@@ -7,13 +7,15 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.nn.state import get_parameters
 from tinydet.class_names import COCO80
-from tinydet.detection import yolo as decoding
+from tinydet.detection import anchor_fit, yolo as decoding
 from tinydet.detection.anchor_losses import Gains, darknet_losses, ratio_losses
 from tinydet.detection.postprocess import Detections
 from tinydet.detection.yolo_losses import Recipe, side_losses
 from tinydet.detectors.detector import Canvas, Detector, Outputs, Preprocessing
+from tinydet.errors import UserError
 from tinydet.models import yolo
 from tinydet.models.fold import fold
+from tinydet.nn.init import set_values
 
 NAMES = yolo.NAMES
 GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
@@ -39,6 +41,7 @@ class Yolo(Detector):
     self.network = yolo.build(name, num_classes, seed)
     place = {"letterbox": True, "centred": True} if self.facts.letterbox else {}
     self.preprocessing = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, fill=GREY, **place)
+    self.fitted: np.ndarray | None = None   # w, h in pixels [levels,3,2], where they are others than the published ones and no tensor has them
     self.usual_size, self.class_names = (self.facts.side,) * 2, list(COCO80) if num_classes == 80 else None
     self.selection = {"topk": TOPK, "clip": False, "nms_threshold": None if self.facts.end2end else self.facts.nms}
 
@@ -87,11 +90,37 @@ class Yolo(Detector):
     return self.of_classes(classes.sigmoid().transpose(1, 2)), decoding.decode_sides(sides, canvas, known.strides)
 
   def anchors(self) -> Tensor:
-    """w, h in pixels f32 [levels,3,2]: the file's own where it has some. Of constants, as a captured graph has no host to ask."""
+    """w, h in pixels f32 [levels,3,2]: those that were fitted, or the file's own. Of constants, as a captured graph has no host to ask."""
     def numbers(values: Iterable[float]) -> Tensor: return Tensor.stack(*(Tensor(float(v)) for v in values))
     head = self.network.model[-1]
-    if not hasattr(head, "anchors"): return numbers(v for level in self.facts.anchors for v in level).reshape(-1, 3, 2)
+    shapes = np.reshape(self.facts.anchors, (-1, 3, 2)) if self.fitted is None else self.fitted
+    if not hasattr(head, "anchors"): return numbers(shapes.reshape(-1)).reshape(-1, 3, 2)
     return head.anchors.float() * numbers(self.facts.strides).reshape(-1, 1, 1)
+
+  def anchor_shapes(self) -> np.ndarray | None:
+    return self.anchors().numpy().reshape(-1, 2).astype(np.float64) if self.facts.anchors else None
+
+  def fit_anchors(self, shapes: np.ndarray) -> None:
+    """Three for each level, the smallest for the finest."""
+    found = anchor_fit.fit_shapes(shapes, 3 * len(self.facts.strides)).round(2).reshape(-1, 3, 2)
+    head = self.network.model[-1]
+    if not hasattr(head, "anchors"):
+      self.fitted = found
+      return
+    set_values(head.anchors, found / np.reshape(self.facts.strides, (-1, 1, 1)))
+    if hasattr(head, "anchor_grid"): set_values(head.anchor_grid, found.reshape(head.anchor_grid.shape))
+
+  def about(self) -> dict[str, Any]: return super().about() | ({} if self.fitted is None else {"anchors": self.fitted.tolist()})
+
+  def assume(self, about: Mapping[str, Any]) -> None:
+    super().assume(about)
+    if (found := about.get("anchors")) is None: return
+    try: values = np.array(found, np.float64)
+    except (TypeError, ValueError): values = np.zeros(0)
+    if values.shape != (len(self.facts.strides), 3, 2) or not ((values > 0) & (values < 1e5)).all():
+      raise UserError(f"anchors: the weights' metadata has to say width and height of three for each of {len(self.facts.strides)} levels; train them "
+                      "again")
+    self.fitted = values
 
   def detect(self, outputs: Outputs, canvas: Canvas, sizes: np.ndarray, origins: np.ndarray | None = None, hidden: Tensor | None = None,
              **options: Any) -> Detections:
