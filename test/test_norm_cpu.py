@@ -4,13 +4,13 @@ from tinygrad import Context, Tensor
 from tinydet.nn import kernel_cpu, layers, norm_cpu
 from tinydet.training import optim
 
-SIDES = [(1, 1), (1, 3), (3, 5), (4, 4), (7, 19)]   # numbers of a picture's channel that vectors of 1 to 16 divide, overlap, or are too long for
+# numbers of a picture's channel that vectors of 1 to 16 divide, overlap, or are too long for
+CASES = [((1, 1), "silu"), ((1, 3), ""), ((3, 5), "silu"), ((4, 4), "relu"), ((7, 19), "silu")]
 ACT = {"": (lambda z: z, np.ones_like), "relu": (lambda z: z.clip(0), lambda z: (z > 0) * 1.0),
        "silu": (lambda z: z / (1 + np.exp(-z)), lambda z: (s := 1 / (1 + np.exp(-z))) * (1 + z * (1 - s)))}
 
 
-@pytest.mark.parametrize("activation", ACT)
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("side", "activation"), CASES)
 def test_batch_norm_of_any_size(side, activation):
   rng = np.random.default_rng(side)
   shape = (3, 5, *side)
@@ -52,11 +52,11 @@ def test_wild_numbers_leave_what_is_stored():
   {"kind": "sgd", "clip_norm": 0.5, "gain": 4.0}, {"kind": "adam", "loss_scale": 8.0},
   {"kind": "adamw", "ema_decay": 0.9, "ema_tau": 3.0, "clip_norm": 1.0}])
 def test_an_update_in_c_is_tinygrads_own(options, monkeypatch):
-  """Twenty-two tensors, of which kernels take twelve to twenty; the second update is of a gradient that is not finite."""
+  """Thirteen tensors, of which kernels take twelve to twenty; the second update is of a gradient that is not finite."""
   rng = np.random.default_rng(1)
-  shapes = {f"{i}.{'bias' if i % 3 == 0 else 'weight'}": ((7,), (5, 3, 2), (64, 3, 11))[i % 3] for i in range(22)}
+  shapes = {f"{i}.{'bias' if i % 3 == 0 else 'weight'}": ((7,), (5, 3, 2), (64, 3, 11))[i % 3] for i in range(13)}
   values = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
-  steps = [[rng.standard_normal(shape).astype(np.float32) for shape in shapes.values()] for _ in range(3)]
+  steps = [[rng.standard_normal(shape).astype(np.float32) for shape in shapes.values()] for _ in range(2)]
   steps[1][4][0, 0, 0] = np.nan
   found = []
   for in_c in (True, False):
@@ -69,8 +69,8 @@ def test_an_update_in_c_is_tinygrads_own(options, monkeypatch):
       changed, logs = optimizer.update([Tensor(g).realize() for g in gradients])
       Tensor.realize(*changed, logs["skipped"])
       skipped.append(logs["skipped"].item())
-    assert skipped == [0, 1, 0]
+    assert skipped == [0, 1]
     found.append({key: t.numpy() for key, t in (params | optimizer.state()).items()})
-  assert found[0].keys() == found[1].keys() and len(found[0]) > 40
+  assert found[0].keys() == found[1].keys() and len(found[0]) > 26
   for key, value in found[0].items(): np.testing.assert_allclose(value, found[1][key], rtol=2e-5, atol=2e-6, err_msg=key)
   assert all(np.abs(found[0][key] - values[key]).max() > 1e-3 for key in values)

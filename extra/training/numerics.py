@@ -20,8 +20,8 @@ def first_not_finite(model: Any, losses: Callable[..., dict[str, Tensor]], *tens
   found: list[str] = []
 
   def watched(call: Callable) -> Callable:
-    def watch(layer: Any, x: Tensor) -> Tensor:
-      y = call(layer, x)
+    def watch(layer: Any, *given: Any, **options: Any) -> Tensor:
+      y = call(layer, *given, **options)
       if not found and not _finite(y): found.append(f"the output of {names[id(layer.weight)]} is the first that is not finite")
       return y
     return watch
