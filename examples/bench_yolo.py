@@ -288,9 +288,10 @@ def first_detection(folder: Path) -> None:
 def main(config: Config) -> None:
   print(f"{processor()}, {len(os.sched_getaffinity(0))} of its cores, load {os.getloadavg()[0]:.1f}")
   with tempfile.TemporaryDirectory(prefix="bench-") as name:
-    folder = Path(name)
+    folder, detector = Path(name), network()
+    detector.fit((config.size,) * 2)   # says so where the network cannot have that size
     if not config.train:
-      with write_onnx(folder / "network.onnx", network(), (config.size,) * 2, {}, outputs="raw", preprocess=False): pass
+      with write_onnx(folder / "network.onnx", detector, (config.size,) * 2, {}, outputs="raw", preprocess=False): pass
     measure(config, folder)
     if config.second_process and not config.train: first_detection(folder)
 

@@ -105,26 +105,24 @@ class Optimizer:
     bias_lr = None if self.bias_rate is None else self._slowed(self.bias_rate(self.steps)).contiguous()
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
     average = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
-    if fits(*self.params.values(), self.steps):
-      self._update_in_c(gradients, (factor, lr, bias_lr, momentum, lr_adam, root, average, ok))
-      keep(self.steps, t)
-      return [*self.params.values(), *self.state().values()], logs
-    for (name, p), g in zip(self.params.items(), gradients):
-      if factor is not None: g = g * factor
-      first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
-      if decay and self.kind != "adamw": g = g + decay * p
-      if self.kind == "sgd":
-        keep(first, momentum * first + g)
-        new = p - (lr if bias_lr is None or not name.endswith("bias") else bias_lr) * (g + momentum * first if self.nesterov else first)
-      else:
-        second, (beta1, beta2) = self.second[name], self.betas
-        g = g.contiguous()   # both moments read it
-        keep(first, beta1 * first + (1 - beta1) * g)
-        keep(second, beta2 * second + (1 - beta2) * g * g)
-        new = p * (1 - lr * decay) if decay and self.kind == "adamw" else p
-        new = new - lr_adam * first / (second.sqrt() / root + self.eps)
-      keep(p, new)
-      if self.ema_decay: keep(self.ema[name], average * self.ema[name] + (1 - average) * p)
+    if fits(*self.params.values(), self.steps): self._update_in_c(gradients, (factor, lr, bias_lr, momentum, lr_adam, root, average, ok))
+    else:
+      for (name, p), g in zip(self.params.items(), gradients):
+        if factor is not None: g = g * factor
+        first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
+        if decay and self.kind != "adamw": g = g + decay * p
+        if self.kind == "sgd":
+          keep(first, momentum * first + g)
+          new = p - (lr if bias_lr is None or not name.endswith("bias") else bias_lr) * (g + momentum * first if self.nesterov else first)
+        else:
+          second, (beta1, beta2) = self.second[name], self.betas
+          g = g.contiguous()   # both moments read it
+          keep(first, beta1 * first + (1 - beta1) * g)
+          keep(second, beta2 * second + (1 - beta2) * g * g)
+          new = p * (1 - lr * decay) if decay and self.kind == "adamw" else p
+          new = new - lr_adam * first / (second.sqrt() / root + self.eps)
+        keep(p, new)
+        if self.ema_decay: keep(self.ema[name], average * self.ema[name] + (1 - average) * p)
     keep(self.steps, t)
     return [*self.params.values(), *self.state().values()], logs
 
