@@ -17,6 +17,7 @@ LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own 
 # block of channels and a tile at theirs: what is computed twice is the same both times.
 HEAD = """
 #if defined(__AVX512F__)
+#pragma clang attribute push(__attribute__((min_vector_width(512))), apply_to = function)   // or clang halves them: it prefers 256 bits on Intel's
 enum { WIDEST = 16, SUMS = 24, ACROSS_MOST = 4 };
 #elif defined(__AVX__)
 enum { WIDEST = 8, SUMS = 12, ACROSS_MOST = 2 };
@@ -30,6 +31,12 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 #define UNROLLED _Pragma("clang loop unroll(full)") for
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define WHOLE(a, b) (((a) + (b) - 1) / (b))
+"""
+
+TAIL = """
+#if defined(__AVX512F__)
+#pragma clang attribute pop
+#endif
 """
 
 WITH_BIAS = """
@@ -85,7 +92,7 @@ def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], product
   cores = parts_of(products)
   written = (size,) if isinstance(size, int) else size
   outs = (*written, cores * scratch) if scratch else written
-  source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code
+  source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code + TAIL
 
   def program(*arguments: UOp) -> UOp:
     core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
