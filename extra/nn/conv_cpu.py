@@ -9,8 +9,9 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from tinygrad import Tensor, UOp
-from tinydet.nn import winograd_cpu
+from tinydet.nn import weight_gradient_cpu, winograd_cpu
 from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
+from tinydet.nn.weight_gradient_cpu import LAY_OUT
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.
@@ -60,21 +61,8 @@ void NAME(float *restrict out, const float *restrict x, const float *restrict we
 # The same from pictures [BATCH, GROUPS*IN, HEIGHT, COLUMNS] as they are, of which BAND rows of the output at a time find theirs in `scratch`, sorted
 # into PHASE_ROWS x PHASE_COLUMNS phases of the stride and with zeros around; a SPLITS-th of the output channels each.
 CONVOLVE = TILE + """
-enum { OUT_H = PLANE / WIDTH, BANDS = WHOLE(OUT_H, BAND), ROWS = X_PLANE / PITCH / PHASE_ROWS / PHASE_COLUMNS };
-static inline void lay_out(float *restrict to, const float *restrict picture, long top) {
-  for (int r = 0; r < ROWS; r++) UNROLLED (int p = 0; p < PHASE_ROWS; p++) {
-    const long row = (top + r) * STRIDE + p - PADDING;
-    UNROLLED (int q = 0; q < PHASE_COLUMNS; q++) {
-      float *line = to + (p * PHASE_COLUMNS + q) * ROWS * PITCH + r * PITCH;
-      const int start = q < PADDING ? WHOLE(PADDING - q, STRIDE) : 0, stop = LEAST(PITCH, (COLUMNS - 1 + PADDING - q) / STRIDE + 1);
-      if (row < 0 || row >= HEIGHT) { for (int c = 0; c < PITCH; c++) line[c] = 0; continue; }
-      const float *from = picture + row * COLUMNS + q - PADDING;
-      for (int c = 0; c < start; c++) line[c] = 0;
-      for (int c = start; c < stop; c++) line[c] = from[c * STRIDE];
-      for (int c = stop; c < PITCH; c++) line[c] = 0;
-    }
-  }
-}
+enum { OUT_H = PLANE / WIDTH, BANDS = WHOLE(OUT_H, BAND) };
+""" + LAY_OUT + """
 void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
   float *mine = scratch + (long)core * IN * X_PLANE;
   const long items = (long)BATCH * GROUPS * BANDS * SPLITS;
@@ -153,28 +141,81 @@ def _bands(pictures: int, rows: int, over: int, row: int, products: int, cores: 
   return min(((band, splits) for band in bands for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
 
 
+def _convolve(name: str, code: str, tensors: tuple[Tensor, ...], batch: int, groups: int, channels: tuple[int, int], size: tuple[int, int],
+              kernel: tuple[int, int], stride: int, padding: int, gradient: bool = False) -> Tensor:
+  """The plain sum over the taps of pictures of `size` as one row, from as such rows pictures and weight. `channels` are those in and out of a group;
+  `gradient`: the weight is the one of which this is the input's gradient, the other way round and with its taps turned."""
+  ins, outs = channels
+  out_size = [(side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel)]
+  over = [(k - 1) // stride for k in kernel]                    # rows and columns that a window reaches beyond its first
+  phases = [min(k, stride) for k in kernel]                     # a stride of 2 sorts the pixels into even and odd ones
+  taps, pitch = math.prod(kernel), out_size[1] + over[1]
+  products = batch * groups * outs * math.prod(out_size) * ins * taps
+  plain = kernel == (1, 1) and stride == 1 and not padding      # the picture is taken as it is
+  band, splits, high = out_size[0], 1, out_size[0]
+  if not plain:
+    each = ins * math.prod(phases) * pitch
+    band, splits = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
+    high = band + over[0]
+  places = [(((p % stride * phases[1] + q % stride) * high + p // stride) * pitch + q // stride, p * kernel[1] + q)
+            for p in range(kernel[0]) for q in range(kernel[1])]
+  if gradient: places = [(x, taps - 1 - w) for x, w in places]
+  sizes = {"BATCH": batch, "GROUPS": groups, "TAPS": taps, "PITCH": pitch, "COUNT": (band - 1) * pitch + out_size[1], "IN": ins, "OUT": outs,
+           "X_PLANE": math.prod(phases) * high * pitch, "PLANE": math.prod(out_size), "WIDTH": out_size[1],
+           "W_OUT": taps if gradient else ins * taps, "W_IN": outs * taps if gradient else taps}
+  amount = batch * groups * outs * math.prod(out_size), products
+  if plain: return _kernel(name, code + CORRELATE, *amount, [places], tensors, sizes)
+  sizes |= {"BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride, "PADDING": padding,
+            "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": high}
+  return _kernel(name, code + CONVOLVE, *amount, [places], tensors, sizes, scratch=ins * sizes["X_PLANE"])
+
+
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int, silu: bool = False) -> Tensor:
   """2-D convolution in float32, with its gradients: x [B,Cin,H,W], weight [Cout,Cin/groups,KH,KW], bias [Cout] -> [B,Cout,OH,OW], with `silu` through
   SiLU, which costs nothing where a number is in a register anyway. On the way back the convolution is then run once more.
 
   For tensors that `fits` takes."""
   (batch, channels, *size), (out_channels, per_group, *kernel) = x.shape, weight.shape
-  out_size = [(side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel)]
-  over = [(k - 1) // stride for k in kernel]                    # rows and columns that a window reaches beyond its first
+  size, kernel, outs = tuple(size), tuple(kernel), out_channels // groups
+  out_size = tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel))
+  over = [(k - 1) // stride for k in kernel]
   rows, pitch = (side + o for side, o in zip(out_size, over))
-  phases = [min(k, stride) for k in kernel]                     # a stride of 2 sorts the pixels into even and odd ones
-  places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
-  products = batch * out_channels * math.prod(out_size) * per_group * len(places)
-  common = {"BATCH": batch, "GROUPS": groups, "TAPS": len(places), "PITCH": pitch}
-  plain = kernel == [1, 1] and stride == 1 and not padding      # the picture is laid out as it is
-  fast = kernel == [3, 3] and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, tuple(out_size))
+  phases = [min(k, stride) for k in kernel]
+  products = batch * out_channels * math.prod(out_size) * per_group * math.prod(kernel)
+  fast = kernel == (3, 3) and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, out_size)
+  direct = stride == 1 and kernel[0] == kernel[1]               # the input's gradient is such a convolution too
+  turned = weight_gradient_cpu.pays(outs)
 
-  def one_way(out_rows: int) -> tuple[Taps, dict[str, int]]:
-    """The taps and the sizes of so many rows of the output, laid out with the rows that they reach to."""
-    high = out_rows + over[0]
-    taps = [[(((p % stride * phases[1] + q % stride) * high + p // stride) * pitch + q // stride, w) for p, q, w in places]]
-    return taps, common | {"COUNT": (out_rows - 1) * pitch + out_size[1], "IN": per_group, "OUT": out_channels // groups,
-                           "X_PLANE": math.prod(phases) * high * pitch}
+  def forward(*tensors: Tensor, silu: bool = silu) -> Tensor:
+    if fast:
+      x, weight, *rest = tensors
+      return winograd_cpu.correlate(x, weight, rest[0] if rest else None, batch, channels, out_channels, size, padding, silu=silu)
+    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR)
+    return _convolve("conv", code, tensors, batch, groups, (per_group, outs), size, kernel, stride, padding)
+
+  # Of a convolution in strides the gradient is padded to the pitch of the input; of that of the input only what is not padding is computed, where it
+  # lies in one piece.
+  padded = not (direct and turned)
+  inside = padding if stride == 1 else 0
+  top = over[0] - inside + (over[1] > inside)
+  in_rows, in_columns = rows - 2 * inside, pitch - 2 * inside
+  g_rows = top + in_rows + inside
+  place = (g_rows * pitch, top * pitch, pitch) if padded else (math.prod(out_size), 0, out_size[1])
+  common = {"BATCH": batch, "GROUPS": groups, "TAPS": math.prod(kernel), "PITCH": pitch}
+  places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
+
+  def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    if fast: return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, out_size, 2 - padding, turned=True,
+                                           name="conv_input_gradient")
+    if not padded:
+      return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
+                       kernel[0] - 1 - padding, gradient=True)
+    taps = [[((top + inside - p // stride) * pitch + inside - q // stride, w) for p, q, w in places if (p % stride, q % stride) == (a, b)]
+            for a in range(phases[0]) for b in range(phases[1])]
+    sizes = {"COUNT": (in_rows - 1) * pitch + in_columns, "IN": outs, "OUT": per_group, "X_PLANE": g_rows * pitch,
+             "PLANE": in_rows * in_columns, "WIDTH": in_columns, "W_OUT": len(places), "W_IN": per_group * len(places)}
+    size = batch * channels * len(taps) * in_rows * in_columns
+    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
 
   def laid_out(x: Tensor) -> Tensor:
     x = x.reshape(batch, channels, *size)
@@ -182,44 +223,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     x = x.reshape(batch, channels, rows, stride, pitch, stride).permute(0, 1, 3, 5, 2, 4)
     return x.shrink((None, None, (0, phases[0]), (0, phases[1]), None, None)).reshape(-1)
 
-  def forward(*tensors: Tensor, silu: bool = silu) -> Tensor:
-    if fast:
-      x, weight, *rest = tensors
-      return winograd_cpu.correlate(x, weight, rest[0] if rest else None, batch, channels, out_channels, tuple(size), padding, silu=silu)
-    code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR)
-    written = {"PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": per_group * len(places), "W_IN": len(places)}
-    amount = batch * out_channels * math.prod(out_size), products
-    if plain:
-      taps, sizes = one_way(out_size[0])
-      return _kernel("conv", code + CORRELATE, *amount, taps, tensors, sizes | written)
-    each = per_group * math.prod(phases) * pitch
-    band, splits = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
-    taps, sizes = one_way(band)
-    sizes |= written | {"BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride, "PADDING": padding,
-                        "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1]}
-    return _kernel("conv", code + CONVOLVE, *amount, taps, tensors, sizes, scratch=per_group * sizes["X_PLANE"])
-
-  # The gradient is padded to the pitch of the input. Of that of the input only what is not padding is computed, where it lies in one piece.
-  inside = padding if stride == 1 else 0
-  top = over[0] - inside + (over[1] > inside)
-  in_rows, in_columns = rows - 2 * inside, pitch - 2 * inside
-  g_rows = top + in_rows + inside
-
-  def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    if fast:
-      return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, tuple(out_size), 2 - padding, turned=True,
-                                    place=(g_rows * pitch, top * pitch, pitch), name="conv_input_gradient")
-    taps = [[((top + inside - p // stride) * pitch + inside - q // stride, w) for p, q, w in places if (p % stride, q % stride) == (a, b)]
-            for a in range(phases[0]) for b in range(phases[1])]
-    sizes = {"COUNT": (in_rows - 1) * pitch + in_columns, "IN": out_channels // groups, "OUT": per_group, "X_PLANE": g_rows * pitch,
-             "PLANE": in_rows * in_columns, "WIDTH": in_columns, "W_OUT": len(places), "W_IN": per_group * len(places)}
-    size = batch * channels * len(taps) * in_rows * in_columns
-    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
-
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    taps, all_sizes = one_way(out_size[0])
-    sizes = {"G_PLANE": g_rows * pitch, "G_START": top * pitch}
-    return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, taps, (x, grad), all_sizes | sizes)
+    if turned: return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, weight.shape, size, stride, padding, place)
+    taps = [[(((p % stride * phases[1] + q % stride) * rows + p // stride) * pitch + q // stride, w) for p, q, w in places]]
+    sizes = {"COUNT": (out_size[0] - 1) * pitch + out_size[1], "IN": per_group, "OUT": outs, "X_PLANE": math.prod(phases) * rows * pitch,
+             "G_PLANE": g_rows * pitch, "G_START": top * pitch}
+    return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, taps, (x, grad), common | sizes)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
     x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + (bias is not None)])
@@ -228,11 +237,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
       before = run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
       g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
     g = g.reshape(batch, out_channels, *out_size)
-    g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1]))).reshape(-1).contiguous()
+    if padded: g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1])))
+    g = g.reshape(-1).contiguous()
     of_x, there = run(input_gradient, g, flat_weight), laid_out(x)
-    if not fast:
+    if padded:
       of_x = of_x.reshape(batch, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2).reshape(-1)
       of_x, = there.gradient(x, gradient=of_x)
-    return of_x.uop, run(weight_gradient, there, g).uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
+    of_weight = run(weight_gradient, x if turned else there, g)
+    return of_x.uop, of_weight.uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
 
   return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(batch, out_channels, *out_size)

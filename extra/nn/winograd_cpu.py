@@ -57,7 +57,7 @@ void NAME(float *restrict u, const float *restrict w, int core) {
 }
 """
 
-# x [BATCH, IN] planes of X_PLANE numbers, in which a picture of HEIGHT rows of WIDTH begins at START, with a row each PITCH, and PADDING zeros around
+# x [BATCH, IN, HEIGHT, WIDTH], with PADDING zeros around
 CONVOLVE = """
 #define FORWARD(type, z, d0, d1, d2, d3, d4, d5) { \\
   const type e = d4 - 2.f * d2, f = A * d3 - B * d1, g = d4 - .5f * d2, h = B * d3 - A * d1; \\
@@ -71,7 +71,7 @@ enum { BANDS = WHOLE(TY, BAND), GATHERED = WHOLE(BATCH, PICTURES) };
 static inline void to_points(float *v, float rows[6][ROOM], const float *picture, long top) {
   static const float nothing[WIDTH];   // zeros
   const float *r[6];
-  UNROLLED (int k = 0; k < 6; k++) r[k] = top + k >= 0 && top + k < HEIGHT ? picture + (top + k) * PITCH : nothing;
+  UNROLLED (int k = 0; k < 6; k++) r[k] = top + k >= 0 && top + k < HEIGHT ? picture + (top + k) * WIDTH : nothing;
   for (int c = 0; c < WIDTH; c++) {
 #define Z(k, value) rows[k][c + PADDING] = value;
     FORWARD(float, Z, r[0][c], r[1][c], r[2][c], r[3][c], r[4][c], r[5][c])
@@ -134,7 +134,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
     const long split = item % SPLITS, first = LEAST(item / SPLITS % BANDS * BAND, TY - BAND);
     const long from = BLOCKS * split / SPLITS, to = BLOCKS * (split + 1) / SPLITS, b = LEAST(item / SPLITS / BANDS * PICTURES, BATCH - PICTURES);
     for (long i = 0; i < IN; i++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++)
-      to_points(v + i * ROW + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * X_PLANE + START, (first + y) * 4 - PADDING);
+      to_points(v + i * ROW + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * HEIGHT * WIDTH, (first + y) * 4 - PADDING);
     for (int f = 0; f < 36; f++) for (long block = from; block < to; block++)
       multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + f * U_STEP + block * IN * DOWN);
     for (long block = from; block < to; block++) for (int d = 0; d < DOWN; d++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++) {
@@ -173,12 +173,11 @@ def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int
 
 
 def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channels: int, out_channels: int, size: tuple[int, int], padding: int, *,
-              place: tuple[int, int, int] | None = None, turned: bool = False, silu: bool = False, name: str = "conv") -> Tensor:
+              turned: bool = False, silu: bool = False, name: str = "conv") -> Tensor:
   """What convolutions of 3x3 taps give, f32 [batch*out_channels*OH*OW] as one row, from as such rows x [batch,channels,H,W], weight
   [out_channels,channels,3,3] and bias [out_channels]; with `padding` zeros around the pictures, and through SiLU where `silu`.
 
-  `place`: where x is part of larger planes, their numbers, the first of the picture and those from row to row. `turned`: weight is
-  [channels,out_channels,3,3] and its taps are turned around, as the gradient of an input takes them."""
+  `turned`: weight is [channels,out_channels,3,3] and its taps are turned around, as the gradient of an input takes them."""
   out_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
   products = batch * out_channels * out_size[0] * out_size[1] * channels * 9
   cores = parts_of(products)
@@ -186,7 +185,6 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channe
   # no smaller than what the kernels' own enums come to for any vectors
   row = pictures * band * -(-out_size[1] // 4) + 80
   scratch = 36 * ((channels + out_channels // splits + 48) * row + 32)
-  plane, start, pitch = place or (size[0] * size[1], 0, size[1])
   step = (9, out_channels * 9) if turned else (channels * 9, 9)
   sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
            "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits}
@@ -194,4 +192,4 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channe
                     sizes | {"W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)})
   code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + CONVOLVE
   return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, points, *([] if bias is None else [bias])),
-                  sizes | {"X_PLANE": plane, "START": start, "PITCH": pitch, "SCRATCH": scratch}, scratch)
+                  sizes | {"SCRATCH": scratch}, scratch)
