@@ -22,7 +22,10 @@ WINOGRAD = CASES[-4:]
 # gradients of weights in pieces: several pictures at a time and a rest of them, several bands and a shorter one, shares of some channels twice, rows
 # of taps wider than a tile, groups, fewer pairs of a channel and a tap than lanes
 PIECES = [(5, 5, 40, 9, 7, 3, 1, 1, 1), (2, 7, 72, 23, 31, 3, 2, 1, 1), (3, 33, 130, 19, 20, 1, 1, 0, 1), (1, 3, 24, 40, 44, 11, 4, 2, 1),
-          (2, 24, 48, 21, 20, 3, 1, 1, 3), (2, 3, 16, 30, 8, 1, 1, 0, 1), (4, 50, 34, 3, 2, 5, 1, 2, 1)]
+          (2, 24, 48, 21, 20, 3, 1, 1, 3), (2, 3, 16, 30, 8, 1, 1, 0, 1), (4, 50, 34, 3, 2, 5, 1, 2, 1), (3, 20, 3, 9, 9, 1, 1, 0, 1)]
+# a plane each: whole and broken vectors of a row, rows that are no multiple of four, strides that leave pixels, kernels of many taps
+DEPTHWISE = [(2, 5, 5, 9, 33, 3, 1, 1, 5), (3, 6, 6, 13, 16, 3, 2, 1, 6), (2, 3, 3, 8, 11, 5, 2, 2, 3), (1, 4, 4, 15, 20, 7, 1, 3, 4),
+             (2, 7, 7, 3, 1, 3, 1, 1, 7), (1, 5, 5, 10, 12, 5, 3, 0, 5), (2, 3, 3, 6, 7, 1, 1, 0, 3)]
 
 
 def oracle(x, w, bias, stride, padding, groups):
@@ -55,7 +58,7 @@ def draw(case):
   return x, w, bias, rng.standard_normal(out.shape).astype(np.float32), out, back
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DEPTHWISE, ids=str)
 def test_output_and_gradients(case):
   *_, stride, padding, groups = case
   x, w, bias, r, out, back = draw(case)
@@ -154,7 +157,7 @@ def test_processors_with_shorter_vectors(without, monkeypatch):
   monkeypatch.setattr(compiler, "args", [*compiler.args, without])
   monkeypatch.setattr(compiler, "cachekey", None)   # what is compiled so is not for others
   for module in (codegen, realize): monkeypatch.setattr(module, "to_program_cache", {})
-  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD[::3], PIECES[1]):
+  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD[::3], PIECES[1], *DEPTHWISE[:4:2]):
     *_, stride, padding, groups = case
     x, w, bias, r, out, back = draw(case)
     tensors = [Tensor(a) for a in (x, w, bias)]

@@ -9,7 +9,7 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from tinygrad import Tensor, UOp
-from tinydet.nn import weight_gradient_cpu, winograd_cpu
+from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu
 from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
 from tinydet.nn.weight_gradient_cpu import LAY_OUT
 
@@ -28,6 +28,8 @@ static inline void tile(float *restrict to, const float *restrict in, const floa
     for (int t = tap; t < end; t++) {
       vector a[ACROSS];
       UNROLLED (int v = 0; v < ACROSS; v++) a[v] = *(const vector *)(in + taps[t].x + at[v]);
+      // of a large plane the next tile has to be fetched: no processor foresees that it lies beside this one
+      if (TAPS == 1 && COUNT > 1000) UNROLLED (int v = 0; v < ACROSS; v++) __builtin_prefetch(in + at[v] + ACROSS * LANES);
       UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] += a[v] * w[taps[t].w + d * W_OUT];
     }
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
@@ -74,44 +76,6 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
       const long o = LEAST(block * DOWN, OUT - DOWN);
       tile(out + (picture * OUT + o) * PLANE + top * WIDTH, mine, weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES, 0, TAPS
            BIAS_FROM(group * OUT + o));
-    }
-  }
-}
-"""
-
-# Gradient [GROUPS*OUT, IN, TAPS] of the weight: vectors run along the long axis, over which is summed. Sums of DOWN output channels with ACROSS pairs
-# of an input channel and a tap; LAST are the lanes that a last, overlapping vector adds.
-WEIGHT_GRADIENT = """
-enum { DOWN = LEAST(OUT, 4), ACROSS = LEAST(IN * TAPS, SUMS / DOWN), BLOCKS = WHOLE(OUT, DOWN), TILES = WHOLE(IN * TAPS, ACROSS),
-       LAST = COUNT % LANES };
-typedef int bits __attribute__((vector_size(4 * LANES), aligned(4)));
-void NAME(float *restrict out, const float *restrict x, const float *restrict gradient, int core) {
-  bits last;
-  UNROLLED (int l = 0; l < LANES; l++) last[l] = l < LANES - LAST ? 0 : -1;
-  const long items = (long)GROUPS * BLOCKS * TILES;
-  for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
-    const long tile = item % TILES, block = item / TILES % BLOCKS, group = item / TILES / BLOCKS;
-    const long o = LEAST(block * DOWN, OUT - DOWN), pair = LEAST(tile * ACROSS, IN * TAPS - ACROSS);
-    long at[ACROSS];
-    UNROLLED (int p = 0; p < ACROSS; p++) at[p] = (group * IN + (pair + p) / TAPS) * X_PLANE + taps[(pair + p) % TAPS].x;
-    vector sum[DOWN][ACROSS];
-    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int p = 0; p < ACROSS; p++) sum[d][p] = (vector){0};
-    for (long b = 0; b < BATCH; b++) {
-      const float *in = x + b * GROUPS * IN * X_PLANE, *g = gradient + ((b * GROUPS + group) * OUT + o) * G_PLANE + G_START;
-      for (int n = 0; n < COUNT / LANES; n++, in += LANES, g += LANES) {
-        vector a[ACROSS];
-        UNROLLED (int p = 0; p < ACROSS; p++) a[p] = *(const vector *)(in + at[p]);
-        UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int p = 0; p < ACROSS; p++) sum[d][p] += a[p] * *(const vector *)(g + d * G_PLANE);
-      }
-      if (LAST) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int p = 0; p < ACROSS; p++)
-        sum[d][p] += *(const vector *)(in + at[p] + LAST - LANES) * (vector)(*(const bits *)(g + d * G_PLANE + LAST - LANES) & last);
-    }
-    vector done[DOWN][ACROSS];   // in memory: as a loop this compiles in two thirds of the time
-    UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int p = 0; p < ACROSS; p++) done[d][p] = sum[d][p];
-    for (int d = 0; d < DOWN; d++) for (int p = 0; p < ACROSS; p++) {
-      vector all = done[d][p];
-      UNROLLED (int half = LANES / 2; half; half /= 2) UNROLLED (int l = 0; l < half; l++) all[l] += all[l + half];
-      out[(group * OUT + o + d) * IN * TAPS + pair + p] = all[0];
     }
   }
 }
@@ -183,19 +147,18 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   phases = [min(k, stride) for k in kernel]
   products = batch * out_channels * math.prod(out_size) * per_group * math.prod(kernel)
   fast = kernel == (3, 3) and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, out_size)
-  direct = stride == 1 and kernel[0] == kernel[1]               # the input's gradient is such a convolution too
-  turned = weight_gradient_cpu.pays(outs)
+  depthwise = (batch, channels, size, out_size, kernel, stride, padding) if groups == channels == out_channels else None
 
-  def forward(*tensors: Tensor, silu: bool = silu) -> Tensor:
-    if fast:
-      x, weight, *rest = tensors
-      return winograd_cpu.correlate(x, weight, rest[0] if rest else None, batch, channels, out_channels, size, padding, silu=silu)
+  def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = silu) -> Tensor:
+    if fast: return winograd_cpu.correlate(x, weight, bias, batch, channels, out_channels, size, padding, silu=silu)
+    if depthwise: return depthwise_cpu.convolve(x, weight, bias, *depthwise, silu)
     code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     return _convolve("conv", code, tensors, batch, groups, (per_group, outs), size, kernel, stride, padding)
 
   # Of a convolution in strides the gradient is padded to the pitch of the input; of that of the input only what is not padding is computed, where it
   # lies in one piece.
-  padded = not (direct and turned)
+  padded = not depthwise and (stride > 1 or kernel[0] != kernel[1])
   inside = padding if stride == 1 else 0
   top = over[0] - inside + (over[1] > inside)
   in_rows, in_columns = rows - 2 * inside, pitch - 2 * inside
@@ -207,6 +170,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if fast: return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, out_size, 2 - padding, turned=True,
                                            name="conv_input_gradient")
+    if depthwise: return depthwise_cpu.input_gradient(grad, weight, *depthwise)
     if not padded:
       return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
                        kernel[0] - 1 - padding, gradient=True)
@@ -217,18 +181,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     size = batch * channels * len(taps) * in_rows * in_columns
     return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
 
-  def laid_out(x: Tensor) -> Tensor:
-    x = x.reshape(batch, channels, *size)
-    x = x.pad(((0, 0), (0, 0), *((padding, side * stride - length - padding) for side, length in zip((rows, pitch), size))))
-    x = x.reshape(batch, channels, rows, stride, pitch, stride).permute(0, 1, 3, 5, 2, 4)
-    return x.shrink((None, None, (0, phases[0]), (0, phases[1]), None, None)).reshape(-1)
-
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    if turned: return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, weight.shape, size, stride, padding, place)
-    taps = [[(((p % stride * phases[1] + q % stride) * rows + p // stride) * pitch + q // stride, w) for p, q, w in places]]
-    sizes = {"COUNT": (out_size[0] - 1) * pitch + out_size[1], "IN": per_group, "OUT": outs, "X_PLANE": math.prod(phases) * rows * pitch,
-             "G_PLANE": g_rows * pitch, "G_START": top * pitch}
-    return _kernel("conv_weight_gradient", WEIGHT_GRADIENT, math.prod(weight.shape), products, taps, (x, grad), common | sizes)
+    if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)
+    return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, weight.shape, size, stride, padding, place)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
     x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + (bias is not None)])
@@ -239,11 +194,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     g = g.reshape(batch, out_channels, *out_size)
     if padded: g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1])))
     g = g.reshape(-1).contiguous()
-    of_x, there = run(input_gradient, g, flat_weight), laid_out(x)
-    if padded:
-      of_x = of_x.reshape(batch, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2).reshape(-1)
-      of_x, = there.gradient(x, gradient=of_x)
-    of_weight = run(weight_gradient, x if turned else there, g)
+    of_x, of_weight = run(input_gradient, g, flat_weight), run(weight_gradient, x, g)
+    if padded:   # the phases of the stride are woven together
+      of_x = of_x.reshape(batch, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2)
+      of_x = of_x.pad((None, None, (0, stride - phases[0]), (0, stride - phases[1]), None, None)).permute(0, 1, 4, 2, 5, 3)
+      of_x = of_x.reshape(batch, channels, rows * stride, pitch * stride)
+      of_x = of_x.pad((None, None, *((0, max(0, padding + side - length * stride)) for side, length in zip(size, (rows, pitch)))))
+      of_x = of_x.shrink((None, None, *((padding, padding + side) for side in size))).reshape(-1)
     return of_x.uop, of_weight.uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
 
   return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(batch, out_channels, *out_size)

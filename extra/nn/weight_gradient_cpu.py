@@ -131,11 +131,6 @@ def _exchanges(lanes: int) -> str:
   return text + f"#define EXCHANGES {' '.join(f'EXCHANGE({s})' for s in steps)}\n"
 
 
-def pays(out_channels: int) -> bool:
-  """Whether this way is the faster one: vectors run along the output channels of a group."""
-  return out_channels >= 8
-
-
 def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tuple[int, ...], size: tuple[int, int], stride: int, padding: int,
                     place: tuple[int, int, int]) -> Tensor:
   """Gradient of a weight of `shape` [Cout,Cin/groups,KH,KW] as one row, from as such rows x [batch,Cin,H,W], with H, W of `size`, and the gradient of
@@ -162,6 +157,7 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tup
            "PADDING": padding, "KERNEL_ROWS": kernel[0], "TAPS_A_ROW": kernel[1], "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": rows,
            "PITCH": pitch, "OUT_H": out_height, "WIDTH": width, "BAND": band, "PICTURES": pictures, "PLAIN": int(plain), "X_PLANE": x_plane,
            "G_PLANE": plane, "G_START": start, "G_PITCH": gradient_pitch, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}
-  widest = f"#if defined(__AVX512F__)\n{_exchanges(16 if outs >= 16 else 8)}#elif defined(__AVX__)\n{_exchanges(8)}#else\n{_exchanges(4)}#endif\n"
+  lanes = next((n for n in (16, 8, 4, 2) if outs >= n), 1)   # as HEAD has it
+  widest = "#if defined(__AVX512F__)\n{}#elif defined(__AVX__)\n{}#else\n{}#endif\n".format(*(_exchanges(min(lanes, n)) for n in (16, 8, 4)))
   code = widest + ("" if plain else LAY_OUT) + WEIGHT_GRADIENT
   return c_kernel("conv_weight_gradient", code, math.prod(shape), products, (x, grad), sizes, scratch)
