@@ -250,7 +250,7 @@ def test_graphs_of_one_function_share_their_memory():
 
 
 def program(name, *flags):
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   done = subprocess.run([sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, flags)], stdin=subprocess.DEVNULL, text=True, check=False,
                         env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -192,7 +192,7 @@ def test_bad_sources(words, message, tmp_path, monkeypatch):
 
 def test_exit_codes(tmp_path):
   (tmp_path / "broken.png").write_bytes(b"nothing")
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   done = subprocess.run([sys.executable, str(ROOT / "examples" / "detect.py"), "broken.png", "--weights", "shapes"], cwd=tmp_path,
                         env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120)
   assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: nothing could be read" and "broken.png: cannot be read" in done.stderr

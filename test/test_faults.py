@@ -35,9 +35,8 @@ class Run:
   """The program at work in `folder`/runs/r, the detector's where there is no `data`."""
   def __init__(self, folder, data, *flags, limits=None, environment=None):
     command = ["train_resnet.py", *FLAGS, "--data", data] if data else ["train_retinanet.py", *DETECTOR_FLAGS]
-    if not data: environment = {"NOOPT": "1"}   # kernels are ready sooner
     self.folder, self.log = folder / "runs" / "r", folder / "log"
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+    environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
     with open(self.log, "w") as log:
       self.process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / command[0]), *map(str, [*command[1:], *flags])], cwd=folder, text=True,

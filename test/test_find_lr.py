@@ -114,7 +114,7 @@ def test_the_schedule():
 
 
 def test_the_trainer_sweeps(tmp_path):
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   flags = "--data shapes:1 --weights none --norm batch --size 64 --train-images 16 --bs 8 --workers 0 --find-lr 8 --run-name tiny".split()
   def trainer(*more):
     return subprocess.run([sys.executable, str(ROOT/"examples"/"train_retinanet.py"), *flags, "--out", str(tmp_path/"runs"), *more], cwd=tmp_path,

@@ -29,7 +29,7 @@ mpi = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec")
 
 
 def start(count, program, *arguments):
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   return subprocess.Popen([MPIEXEC, "-n", str(count), sys.executable, str(program), *map(str, arguments)], stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ | {"PYTHONPATH": str(ROOT)})
 

@@ -33,7 +33,7 @@ def stored(): return nbformat.read(PATH, as_version=4)
 def executed(tmp_path_factory):
   """The notebook after a run in an empty folder, by somebody without settings; a cell that fails raises with its traceback."""
   folder = tmp_path_factory.mktemp("notebook")
-  kept = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB", "VIRTUAL_ENV") if key in os.environ}
+  kept = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB", "VIRTUAL_ENV") if key in os.environ}
   notebook = nbformat.read(PATH, as_version=4)
   client = NotebookClient(notebook, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
   return client.execute(env=kept | {"QUICK": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}), folder

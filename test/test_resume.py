@@ -35,7 +35,7 @@ def write_data(folder, names=("cat", "dog"), ids=(1, 2), pictures=8):
 
 
 def trainer(folder, *flags, **variables):
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   return subprocess.run([sys.executable, str(ROOT / "examples" / "train_retinanet.py"), *map(str, flags)], cwd=folder, stdin=subprocess.DEVNULL,
                         env=environ | {"PYTHONPATH": str(ROOT)} | variables, capture_output=True, text=True, check=False, timeout=600)
 

@@ -12,7 +12,7 @@ TINY = ("--data shapes:1 --weights none --norm batch --size 64 --train-images 32
 
 def trainer(folder, *flags, timeout=600):
   """Run the program in `folder` as somebody without credentials and without variables that would be taken for settings."""
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   return subprocess.run([sys.executable, str(ROOT / "examples" / "train_retinanet.py"), *map(str, flags)], cwd=folder, stdin=subprocess.DEVNULL,
                         env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=timeout)
 

@@ -20,7 +20,7 @@ TINY = ("--data crops:1 --size 32 --resize 36 --train-images 32 --bs 8 --epochs 
 
 def trainer(folder, *flags, timeout=600):
   """Run the program in `folder` as somebody without credentials and without variables that would be taken for settings."""
-  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
+  environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   return subprocess.run([sys.executable, str(ROOT / "examples" / "train_resnet.py"), *map(str, flags)], cwd=folder, stdin=subprocess.DEVNULL,
                         env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=timeout)
 
