@@ -73,7 +73,7 @@ def main(config: Config, run: Run) -> None:
   detector = detectors.build(network, len(train_set.class_names), norm=norm, seed=config.seed, box_loss=config.box_loss, exact_strides=True,
                              channels=config.fpn_channels or None, assigner=config.assigner)
   notes = start_from(config, detector, train_set.class_names, run)
-  plan.fit_budget(config, run, detector, data)
+  plan.fit_machine(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop

@@ -63,7 +63,7 @@ def main(config: Config, run: Run) -> None:
   # ---------------------------------------------------------------------------------------------------------------------------- network
   detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed)
   notes = start_from(config, detector, train_set.class_names, run)
-  plan.fit_budget(config, run, detector, data)
+  plan.fit_machine(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)
 
   # ---------------------------------------------------------------------------------------------------------------------------- losses and loop

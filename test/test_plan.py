@@ -3,7 +3,9 @@ import time
 from types import SimpleNamespace
 import numpy as np, pytest
 from tinydet import detectors
+from tinydet.datasets.fit import Fit
 from tinydet.errors import UserError
+from tinydet.runtime.memory import available
 from tinydet.runtime.mpi import ALONE
 from tinydet.training import plan
 from tinydet.training.run import Run
@@ -62,7 +64,7 @@ class Pictures:
 @pytest.mark.parametrize(("minutes", "wanted", "fewest"), [(300, (640, 480), 40), (30, (320, 256), 40), (2, (128, 96), 1)])
 def test_a_plan_fills_its_time(monkeypatch, capsys, minutes, wanted, fewest):
   """A step of 8 at 256x192 takes 0.4 s here, so a pixel 1 microsecond a picture; 300 pictures learn, 100 are looked at each evaluation."""
-  monkeypatch.setattr(plan, "step_seconds", lambda config, run, detector, size: (8 * size[0] * size[1] * 1e-6, 1.0))
+  monkeypatch.setattr(plan, "step_seconds", lambda config, run, detector, size, batch: (batch * size[0] * size[1] * 1e-6, 1.0, 0))
   settings = config(budget=minutes * 60)
   plan.fit_budget(settings, run(), SimpleNamespace(name="net"), (Pictures(300), Pictures(100)))
   planned = settings.epochs * settings.size[0] * settings.size[1] * 1e-6 * (300 + 50)
@@ -74,6 +76,58 @@ def test_a_plan_fills_its_time(monkeypatch, capsys, minutes, wanted, fewest):
   assert settings.size == (96, 96) and settings.epochs == 3   # what the user said stays
   with pytest.raises(UserError, match="--budget 1s: an epoch of 300 pictures at 128x96 takes"):
     plan.fit_budget(config(budget=1.0), run(), SimpleNamespace(name="net"), (Pictures(300), Pictures(100)))
+
+
+def seconds_of(steps: dict[int, float], used: int = 0):
+  """A machine whose steps of so many pictures take so long; of others memory runs out."""
+  def step(config, run, detector, size, batch):
+    if batch not in steps: raise MemoryError("out of memory")
+    return steps[batch], 1.0, used * batch
+  return step
+
+
+@pytest.mark.parametrize(("steps", "given", "pictures", "wanted", "rate"), [
+  ({8: 0.8, 16: 1.0, 32: 1.5, 64: 3.0}, {}, 1000, 32, 2e-3),                       # twice 32 take twice the time
+  ({8: 0.8, 16: 1.0, 32: 1.5}, {}, 150, 16, 1e-3 * 2 ** 0.5),                      # an epoch keeps 8 steps
+  ({8: 0.8, 16: 1.0}, {}, 1000, 16, 1e-3 * 2 ** 0.5),                              # 32 do not fit
+  ({2: 0.3, 1: 0.2}, {}, 1000, 2, 0.5e-3),                                         # nor 8, nor 4
+  ({8: 0.8, 16: 1.0}, {"optimizer": "sgd"}, 1000, 16, 2e-3),
+  ({8: 0.8, 16: 1.0}, {"nominal_bs": 64}, 1000, 16, 1e-3),
+  ({6: 0.8, 12: 1.0}, {"gpus": 3}, 1000, 12, 1e-3 * 1.5 ** 0.5)])                  # whole pictures for each device
+def test_the_batch_that_a_machine_takes(monkeypatch, capsys, steps, given, pictures, wanted, rate):
+  monkeypatch.setattr(plan, "step_seconds", seconds_of(steps))
+  about = {"max_size": 0, "lr": 1e-3, "optimizer": "adamw", "nominal_bs": 0, "gpus": 1, "bs": 0} | given
+  settings = SimpleNamespace(**vars(config()) | about)
+  detector = SimpleNamespace(fit=Fit)
+  plan.fit_batch(settings, run(meant_bs=8), detector, Pictures(pictures))
+  assert settings.bs == wanted and settings.lr == pytest.approx(rate, rel=0.005)
+  assert settings.accumulate == (4 if settings.nominal_bs else 1)
+  assert capsys.readouterr().out.startswith(f"--bs auto: {wanted} pictures a step, learning rate {settings.lr:g}; ")
+  settings = SimpleNamespace(**vars(config()) | about | {"sources": {"lr": "--lr"}})
+  plan.fit_batch(settings, run(meant_bs=8), detector, Pictures(pictures))
+  assert settings.bs == wanted and settings.lr == 1e-3   # what the user said stays
+  again = SimpleNamespace(**vars(config()) | about)
+  plan.fit_batch(again, SimpleNamespace(ranks=ALONE, resumed={"config": {"bs": 24}}, meant_bs=8), detector, Pictures(pictures))
+  assert again.bs == 24 and again.lr == 1e-3
+
+
+def test_a_batch_that_the_host_has_no_memory_for_is_not_tried(monkeypatch):
+  monkeypatch.setattr(plan, "step_seconds", seconds_of({8: 0.8, 16: 1.0, 32: 1.0}, used=1000))
+  monkeypatch.setattr(plan, "available", lambda: 40_000)
+  settings = SimpleNamespace(**vars(config()) | {"max_size": 0, "lr": 1e-3, "optimizer": "adamw", "nominal_bs": 0, "gpus": 1, "bs": 0})
+  plan.fit_batch(settings, run(meant_bs=8), SimpleNamespace(fit=Fit), Pictures(1000))
+  assert settings.bs == 16   # 32 would take 32,000 of 40,000 bytes
+  monkeypatch.setattr(plan, "step_seconds", seconds_of({}))
+  settings.bs = 0
+  with pytest.raises(UserError, match="--bs auto: a step of 1 at 320x320 does not fit into the memory of the device; lower --size"):
+    plan.fit_batch(settings, run(meant_bs=8), SimpleNamespace(fit=Fit), Pictures(1000))
+
+
+def test_pictures_a_step():
+  assert [plan.pictures(text) for text in ("8", "auto", " AUTO ")] == [8, 0, 0] and plan.show_pictures(0) == "auto"
+  for text in ("0", "-1", "many", "1.5"):
+    with pytest.raises(ValueError, match="1 or more, or auto"): plan.pictures(text)
+  assert available() > 1 << 20
 
 
 def test_a_run_ends_without_patience_or_time(capsys):

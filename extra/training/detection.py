@@ -40,6 +40,8 @@ EMBEDDED = "shapes"      # how the names of embedded data sets begin
 @dataclass
 class DetectionConfig(TrainerConfig):
   """What trainers of detectors add; a program adds its networks."""
+  bs: int = option(8, "pictures a step, over all devices and machines; auto: doubled while they fit and a picture's time falls, the rate with them",
+                   minimum=0, parse=plan.pictures, show=plan.show_pictures, group="training")
   data: str = option("shapes:2", "a folder of labelled pictures in any layout of docs/layouts.md (COCO, VOC, YOLO, ...), its annotation file, the "
                      "embedded shapes:1, shapes:2, or coco, openimages-mlperf, which are downloaded on first use", group="data")
   images: str | None = option(None, "folder of the pictures, where they do not lie with --data", group="data")

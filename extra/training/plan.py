@@ -3,7 +3,7 @@ import math, os, re, time
 from collections.abc import Mapping
 from typing import Any
 import numpy as np
-from tinygrad import Context, Device, Tensor
+from tinygrad import Context, Device, GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.datasets.download import DATASETS
@@ -13,8 +13,10 @@ from tinydet.detectors import Detector
 from tinydet.errors import UserError
 from tinydet.runtime.devices import to_devices
 from tinydet.runtime.graphs import jit
+from tinydet.runtime.memory import available, out_of_memory
 from tinydet.runtime.precision import DTYPES
 from tinydet.training.run import Run
+from tinydet.training.trainer import TrainerConfig, settle_batch
 
 STEADY = 100                # updates of warm-up at least, where the run has ten times as many
 SIDES = (640, 512, 416, 320, 256, 192, 128)   # pixels of the longer side that are weighed up, multiples of 32
@@ -23,6 +25,8 @@ MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a la
 SPARE = 0.85                # of the time: the rest is for pictures, checkpoints and the report
 COMPILING = 2               # times what compiling the measured passes takes: the update and the evaluation compile too
 EVALUATION = 0.5            # of a training step's time, for a picture that is only looked at
+MOST_BATCH, FEWEST = 64, 8   # pictures a step that `--bs auto` ends at, and steps an epoch that it leaves at least
+GAIN = 0.95                 # of the time a picture took: what twice the batch has to come under
 MISSING = 0.1               # share of boxes that anchors may miss before others are fitted
 UNITS = {"": 60, "s": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -37,6 +41,18 @@ def seconds(text: str) -> float:
 def show_seconds(value: float) -> str:
   """Write seconds the way `seconds` reads them."""
   return f"{value / 60:g}m" if value % 1 == 0 and value % 60 == 0 else f"{value:g}s"
+
+
+def pictures(text: str) -> int:
+  """Parse the pictures of a step, where 0 is "auto"; ValueError otherwise. For `option(parse=pictures, show=show_pictures)`."""
+  if text.strip().lower() == "auto": return 0
+  if not re.fullmatch(r"[1-9]\d{0,5}", text.strip()): raise ValueError("expected a whole number of 1 or more, or auto")
+  return int(text)
+
+
+def show_pictures(value: int) -> str:
+  """Write the pictures of a step the way `pictures` reads them."""
+  return str(value) if value else "auto"
 
 
 def is_free(config: Any, name: str) -> bool:
@@ -98,13 +114,57 @@ def seen_shapes(dataset: Any, fit: Fit) -> np.ndarray:
   return shapes[(shapes > 0).all(1)]
 
 
+def fit_machine(config: Any, run: Run, detector: Detector, data: tuple[Any, Any]) -> None:
+  """Settle what the user left to the machine, measuring there: `--bs auto`, then `--budget`."""
+  fit_batch(config, run, detector, data[0])
+  fit_budget(config, run, detector, data)
+
+
+def fit_batch(config: Any, run: Run, detector: Detector, train_set: Any) -> None:
+  """With `--bs auto`, settle the pictures a step: doubled while they fit into memory, a picture's share of a step still falls, and an epoch has
+  `FEWEST` steps. The learning rate, where it is free, goes with them from the batch that it is meant for: by the root for Adam (Malladi et al. 2022),
+  in proportion for SGD (Goyal et al. 2017), not at all with `--nominal-bs`."""
+  if config.bs: return
+  if run.resumed: config.bs = run.resumed["config"]["bs"]
+  else: config.bs, tried = run.ranks.broadcast(_largest_batch(config, run, detector, len(train_set)) if run.ranks.rank == 0 else None)
+  settle_batch(config)
+  if run.resumed: return
+  scale = 1 if config.nominal_bs else config.bs / run.meant_bs if config.optimizer == "sgd" else math.sqrt(config.bs / run.meant_bs)
+  if is_free(config, "lr") and scale != 1: config.lr = float(f"{config.lr * scale:.3g}")
+  print(f"--bs auto: {config.bs} pictures a step, learning rate {config.lr:g}; {tried}")
+
+
+def _largest_batch(config: Any, run: Run, detector: Detector, pictures: int) -> tuple[int, str]:
+  """The batch, and what was tried, in words."""
+  each, size = config.gpus * run.ranks.size, detector.fit(config.size, config.max_size).canvas()[::-1]
+  most = max(each, min(MOST_BATCH, pictures // FEWEST))
+  host = Device.DEFAULT.partition(":")[0] in ("CPU", "LLVM")   # whose memory ends where the system's does: what is free is asked before
+  shares: dict[int, float] = {}   # seconds of a step for a picture, infinite where it does not fit
+  batch, needed = each << max(0, (min(TrainerConfig.bs, most) // each).bit_length() - 1), 0
+  while each <= batch <= most and batch not in shares:
+    share = batch // run.ranks.size
+    try: seconds, _, needed = (math.inf, 0, 0) if host and 2 * needed > available() / 2 else step_seconds(config, run, detector, size, share)
+    except Exception as e:
+      if not out_of_memory(e): raise
+      seconds = math.inf
+    shares[batch] = seconds / batch
+    if seconds == math.inf: batch //= 2
+    elif shares[batch] < GAIN * shares.get(batch // 2, math.inf): batch *= 2
+  fits = sorted(b for b, share in shares.items() if share < math.inf)
+  if not fits: raise UserError(f"--bs auto: a step of {each} at {size[0]}x{size[1]} does not fit into the memory of the device; lower --size")
+  best = fits[0]
+  for b in fits[1:]:
+    if shares[b] < GAIN * shares[best]: best = b
+  return best, ", ".join(f"{b}: {share:.2g} s a picture" if share < math.inf else f"{b} do not fit" for b, share in sorted(shares.items()))
+
+
 def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any]) -> None:
   """With `--budget`, settle size and epochs by the time of a step, which is measured, and print the plan. UserError where the time is too short."""
   if not config.budget or run.resumed: return
   train_set, val_set = data
   sizes = _sizes(np.asarray(train_set.sizes)) if is_free(config, "size") else [config.size]
   probe = min(sizes, key=lambda size: abs(max(size) - 256))
-  step, compiling = run.ranks.broadcast(step_seconds(config, run, detector, probe) if run.ranks.rank == 0 else None)
+  step, compiling, _ = run.ranks.broadcast(step_seconds(config, run, detector, probe, config.bs) if run.ranks.rank == 0 else None)
   per_pixel = step / config.bs / math.prod(probe) * run.ranks.size
   spent = time.monotonic() - run.started
   left = max(config.budget - spent - COMPILING * compiling, (config.budget - spent) / 3) * SPARE   # a busy machine compiles slowly just now
@@ -124,13 +184,14 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
         f"{max(1, round((config.epochs * each + COMPILING * compiling + time.monotonic() - run.started) / 60))} min")
 
 
-def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int]) -> tuple[float, float]:
-  """Seconds of forward and backward pass of a batch at `size` (width, height), at best of three, and of compiling them. No weight changes."""
+def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int], batch: int) -> tuple[float, float, int]:
+  """Seconds of forward and backward pass of `batch` pictures at `size` (width, height), at best of three, and of compiling them, and the bytes that
+  they hold on the device. No weight changes."""
   width, height = detector.fit(size).canvas()[::-1]
   for constant in detector.constants((height, width)): constant.realize()
   params = [t for t in get_state_dict(detector.network).values() if t.is_param]
-  boxes = np.tile(np.array([0.2 * width, 0.2 * height, 0.6 * width, 0.6 * height], np.float32), (config.bs, 4, 1))
-  batch = (np.zeros((config.bs, height, width, 3), np.uint8), boxes, np.zeros((config.bs, 4), np.int32))
+  boxes = np.tile(np.array([0.2 * width, 0.2 * height, 0.6 * width, 0.6 * height], np.float32), (batch, 4, 1))
+  arrays = (np.zeros((batch, height, width, 3), np.uint8), boxes, np.zeros((batch, 4), np.int32))
 
   @jit
   def step(images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -140,13 +201,13 @@ def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int
       Tensor.realize(loss, *gradients)
       return loss
 
-  times = []
+  times, held = [], GlobalCounters.mem_used
   for _ in range(5):
-    tensors = [to_devices(array, run.gpus) for array in batch]
+    tensors = [to_devices(array, run.gpus) for array in arrays]
     begun = time.monotonic()
     step(*tensors).item()
     times.append(time.monotonic() - begun)
-  return min(times[2:]), sum(times[:2])
+  return min(times[2:]), sum(times[:2]), GlobalCounters.mem_used - held
 
 
 def _sizes(pictures: np.ndarray) -> list[tuple[int, int]]:

@@ -40,7 +40,8 @@ def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]],
     with named_sources(config):
       take_devices(ranks, config.gpus)
       require_device()
-      with contextlib.closing(Run(config, ranks, getattr(config, network), started, score)) as run: main(config, run)
+      meant = presets.get(config.preset, {}).get("bs", config_class.bs)
+      with contextlib.closing(Run(config, ranks, getattr(config, network), started, score, meant)) as run: main(config, run)
 
 
 def settings(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], embedded: str, network: str, resumes: bool = True) -> Config:
@@ -58,11 +59,11 @@ def settings(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]
 class Run:
   """One run of a trainer. Each of `ranks` has its own; rank 0 alone writes.
 
-  `config` is the trainer's, `network` the name that the run is called after, `score` the series that ranks its evaluations. `resumed` is the metadata
-  of the checkpoint that it goes on from: None for a new run, {} for one that begins again in its folder. UserError for settings that do not go
-  together, and where the folder is taken or nothing is there to resume."""
-  def __init__(self, config: Any, ranks: Ranks, network: str, started: float, score: str = "mAP"):
-    self.config, self.ranks, self.score, self.started = config, ranks, score, started
+  `config` is the trainer's, `network` the name that the run is called after, `score` the series that ranks its evaluations, `meant_bs` the pictures
+  a step that its preset's learning rate is meant for. `resumed` is the metadata of the checkpoint that it goes on from: None for a new run, {} for
+  one that begins again in its folder. UserError for settings that do not go together, and where the folder is taken or nothing is there to resume."""
+  def __init__(self, config: Any, ranks: Ranks, network: str, started: float, score: str = "mAP", meant_bs: int = 8):
+    self.config, self.ranks, self.score, self.started, self.meant_bs = config, ranks, score, started, meant_bs
     if config.find_lr and (config.resume or ranks.size > 1):
       raise UserError("--find-lr: sweeps in one process from what --weights names; no --resume")
     if config.schedule == "plateau" and getattr(config, "score_in_background", False):

@@ -93,7 +93,7 @@ def check_batch_size(config: TrainerConfig, ranks: Ranks) -> None:
 
 def settle_batch(config: TrainerConfig) -> None:
   """Set `accumulate` to what `nominal_bs` asks for, if it does."""
-  if config.nominal_bs and config.accumulate == 1: config.accumulate = max(1, round(config.nominal_bs / config.bs))
+  if config.nominal_bs and config.accumulate == 1 and config.bs: config.accumulate = max(1, round(config.nominal_bs / config.bs))
 
 
 def total_updates(config: TrainerConfig, steps_per_epoch: int) -> int:
