@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from tinygrad import Context, UOp
+from tinydet.runtime import beam
 from tinydet.runtime.graph_file import Workspace
 from tinydet.parts import take
 from tinydet.runtime.workers import workers
@@ -32,7 +33,8 @@ def make(jit: Any, workspace: Workspace, fused: list[int], calls: list[UOp], hel
     for future in compiling.values(): future.cancel()
   # tinygrad's planner of the memory asks for it here, and nowhere else
   planned = patch.object(_planner[0], "UOp", SimpleNamespace(new_buffer=workspace)) if _planner else Context()
-  with Context(JIT=2), planned: return jit.lower(UOp(jit.Ops.LINEAR, src=tuple(parts)), held, inputs)
+  searched = patch.object(jit.module, "compile_linear", beam.compile_linear)
+  with Context(JIT=2), planned, searched: return jit.lower(UOp(jit.Ops.LINEAR, src=tuple(parts)), held, inputs)
 
 
 def _start(kernels: list[UOp], compiling: dict[tuple, Future]) -> None:

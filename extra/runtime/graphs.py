@@ -26,7 +26,7 @@ _parts = take("tinygrad.tensor", "tinygrad.tensor:create_linear_with_vars", "tin
               "tinygrad.helpers:JIT_BATCH_SIZE", "tinygrad.helpers:CACHELEVEL", "tinygrad.helpers:PCONTIG", instead=_PLAIN)
 if _parts:
   _tensor, _schedule, _jit, _lower, _split, _capturing, _Ops, JIT, JIT_BATCH_SIZE, CACHELEVEL, PCONTIG = _parts
-  _tinygrad = SimpleNamespace(schedule=_schedule, lower=_lower, capturing=_capturing, Ops=_Ops)
+  _tinygrad = SimpleNamespace(schedule=_schedule, lower=_lower, capturing=_capturing, Ops=_Ops, module=_jit)
 _watching = take("tinygrad.tensor:all_tensors", "tinygrad.uop.ops:Ops.BUFFER", "tinygrad:UOp.has_buffer_identity",
                  instead="a captured graph goes on with weights that were replaced")
 # what changes what a function of tensors computes

@@ -1,13 +1,15 @@
 """What this package changes in tinygrad, done when tinygrad is imported: importing the package itself imports nothing, and sets no variables."""
-import functools, sys, threading
+import functools, os, sys, threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from tinydet.errors import UserError
 
 
 def change_tinygrad() -> None:
   """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
   _when_imported("tinygrad.helpers", _cache_of_threads)
+  _when_imported("tinygrad.helpers", _variables)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
 
@@ -36,6 +38,19 @@ def _cache_of_threads(module: ModuleType) -> None:
   module.db_connection = db_connection
 
 
+def _variables(module: ModuleType) -> None:
+  """A variable of tinygrad's that is to be a number, and is none, is named."""
+  read = module.getenv
+  @functools.wraps(read)
+  def getenv(key: str, default: Any = 0) -> Any:
+    try: return read(key, default)
+    except ValueError as e: raise UserError(_no_number(key)) from e
+  module.getenv = getenv
+
+
+def _no_number(key: str) -> str: return f"{key}={os.environ[key]}: this variable of tinygrad's is a number, such as {key}=1; mend or unset it"
+
+
 def _when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
   """Call `change` with the module `name`: at once if it is imported, else right after it will be."""
   if (module := sys.modules.get(name)) is not None: change(module)
@@ -50,7 +65,13 @@ def _spec(wanted: str, change: Callable[[ModuleType], None], name: str, path: An
   if spec is None or spec.loader is None: return None
   execute = spec.loader.exec_module
   def exec_module(module: ModuleType) -> None:
-    execute(module)
+    try: execute(module)
+    except ValueError as e:
+      # a program's first import: nobody is there yet to catch a UserError
+      keys = [key for key, value in os.environ.items() if str(e).endswith(f": {value!r}")]
+      if not keys or name != "tinygrad.helpers": raise
+      print(f"error: {_no_number(sorted(keys)[0])}", file=sys.stderr)
+      raise SystemExit(2) from e
     change(module)
   spec.loader.exec_module = exec_module
   return spec
