@@ -11,7 +11,8 @@ from tinygrad import UOp
 from tinydet.parts import take
 
 _parts = take("tinygrad.engine.realize:time_call", "tinygrad.engine.realize:compile_linear", "tinygrad.uop.ops:Ops",
-              "tinygrad.uop.ops:UOp.new_buffer", "tinygrad.uop.ops:UOp.is_bound_var", instead="BEAM searches every kernel, and does not say for how long")
+              "tinygrad.uop.ops:UOp.new_buffer", "tinygrad.uop.ops:UOp.is_bound_var",
+              instead="BEAM searches every kernel, and does not say for how long")
 if _parts: _time_call, _compile_linear, Ops, *_ = _parts
 
 MOST = 0.9   # of the time of a graph's kernels
