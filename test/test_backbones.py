@@ -56,7 +56,8 @@ def check(detector, images, before, after, losses):
   assert (found.scores > 0).any(1).all() and (found.boxes >= 0).all() and (found.boxes <= 64).all()
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "mobilenet_v3_small"])   # the others take too long to compile to be compiled each time
+# the others take too long to compile to be compiled each time: `python test/test_backbones.py`
+@pytest.mark.parametrize("name", [pytest.param("vgg11_bn", marks=pytest.mark.by_hand), "mobilenet_v3_small"])
 def test_a_backbone_learns_and_detects(name, monkeypatch):
   monkeypatch.setitem(classifiers.NETWORKS, name, SHALLOW[name])
   check(*train(name))

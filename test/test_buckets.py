@@ -257,6 +257,7 @@ def program(name, *flags):
   return done.stdout
 
 
+@pytest.mark.by_hand
 def test_programs_train_score_and_detect_on_two_canvases(tmp_path):
   folder, run = write_coco(tmp_path / "d", 12), tmp_path / "runs" / "two"
   out = program("train_retinanet", "--data", folder, "--size", 64, "--max-size", 96, "--buckets", 2, "--backbone", "resnet10_quarter", "--bs", 3,

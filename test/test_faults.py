@@ -178,6 +178,7 @@ def hold_score(run):
     os.kill(scorer, signal.SIGSTOP)
 
 
+@pytest.mark.by_hand
 def test_kill_9_while_a_score_is_pending(tmp_path):
   for name in ("calm", "killed"): (tmp_path / name).mkdir()
   runs = calm, run = [Run(tmp_path / name, None) for name in ("calm", "killed")]

@@ -77,6 +77,7 @@ def test_the_gradient_of_a_bias_is_float32():
   np.testing.assert_allclose(g.numpy(), np.full(4, 512_000), rtol=1e-5)
 
 
+@pytest.mark.by_hand
 def test_bf16_follows_float32():
   """Ten steps; fifty, and half, are in docs/benchmarks.md."""
   curves = {dtype: parity.losses_of(dtype, 10, "frozen") for dtype in ("float32", "bf16")}

@@ -74,6 +74,7 @@ def test_the_same_command_goes_on_with_its_preset(copy, how):
   assert config["preset"] == "folder" and config["epochs"] == 2 and "resumed with other settings: epochs=2 (was 1)" in done.stdout
 
 
+@pytest.mark.by_hand
 def test_a_fallen_rate_stays_so(tmp_path):
   """A run that goes on after its rate fell is, to the last bit, the one that was never interrupted. At this rate nothing learns, so it falls."""
   write_data(tmp_path / "data")

@@ -45,7 +45,7 @@ def run(folder, *flags):
   return folder / "tiny"
 
 
-@pytest.fixture(scope="module", params=[(), SGD], ids=["adamw", "recipe"])
+@pytest.fixture(scope="module", params=[pytest.param((), marks=pytest.mark.by_hand), SGD], ids=["adamw", "recipe"])
 def first(request, tmp_path_factory):
   return run(tmp_path_factory.mktemp("yolo"), *request.param), request.param
 

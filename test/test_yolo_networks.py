@@ -57,7 +57,10 @@ def test_tensors_of_the_official_files(name, blank):
     assert (keys_sha256(network), parameters(network)) == (str(golden["keys_sha256_80"]), int(golden["parameters_80"]))
 
 
-@pytest.mark.parametrize("name", FILES)
+LARGE = ("yolov8m", "yolov3")   # of which a smaller one is tested
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.by_hand] if name in LARGE else []) for name in FILES])
 def test_outputs_of_the_official_programs(name):
   golden, detector = with_golden_values(name)
   if name in FOLDED: detector.fold()

@@ -44,7 +44,7 @@ def rows_of(out, names, i):
 
 
 @pytest.mark.parametrize(("name", "file", "key", "flags"), [
-  ("yolov8n", "yolov8n.pt", "nms_val{}", ["--score-threshold", "0.001"]),
+  pytest.param("yolov8n", "yolov8n.pt", "nms_val{}", ["--score-threshold", "0.001"], marks=pytest.mark.by_hand),
   ("yolov10n", "yolov10n.pt", "one2one_detections", ["--score-threshold", "0"]),
   ("yolov4-tiny", "some.weights", "nms{}", ["--score-threshold", "0.4", "--max-detections", "2000"])])
 def test_detect_finds_what_the_official_program_finds(files, tmp_path, name, file, key, flags):
