@@ -70,7 +70,7 @@ def test_output_and_gradients(case):
 
 
 @pytest.mark.parametrize("cores", [1, 2, 5])
-@pytest.mark.parametrize("case", PIECES, ids=str)
+@pytest.mark.parametrize("case", [*PIECES, DEPTHWISE[1]], ids=str)
 def test_gradients_of_weights_in_pieces(case, cores, monkeypatch):
   """However many cores there are, and from memory that is not empty."""
   for module in (conv_cpu, weight_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)

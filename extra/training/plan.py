@@ -126,7 +126,9 @@ def fit_batch(config: Any, run: Run, detector: Detector, train_set: Any) -> None
   in proportion for SGD (Goyal et al. 2017), not at all with `--nominal-bs`."""
   if config.bs: return
   if run.resumed: config.bs = run.resumed["config"]["bs"]
-  else: config.bs, tried = run.ranks.broadcast(_largest_batch(config, run, detector, len(train_set)) if run.ranks.rank == 0 else None)
+  else:
+    print("--bs auto: a step of some pictures is measured, and of twice as many while that pays; each is compiled first", flush=True)
+    config.bs, tried = run.ranks.broadcast(_largest_batch(config, run, detector, len(train_set)) if run.ranks.rank == 0 else None)
   settle_batch(config)
   if run.resumed: return
   scale = 1 if config.nominal_bs else config.bs / run.meant_bs if config.optimizer == "sgd" else math.sqrt(config.bs / run.meant_bs)
