@@ -1,6 +1,7 @@
 import dataclasses, importlib.util, json, math, os, re, subprocess, sys
 from pathlib import Path
 import pytest
+from tinydet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--backbone", "resnet10_quarter", "--size", "64", "--bs", "2", "--steps", "1", "--loader-images", "3", "--postprocess-size", "64"]
@@ -33,6 +34,20 @@ def test_the_table_has_a_column_for_each_form_and_for_its_ratio():
   alone = program().table({"config": {"loader_size": [80, 60]}, "step": step, "loader": {"shapes:2": 5.0}, "reading": read, "postprocess": {}})
   assert [" ".join(line.split()) for line in alone.splitlines()[len(STEP):]] == [
     "loader, shapes:2, images/s 5", "read at 80x60 in process a worker Pillow ours/Pillow worker/Pillow", "drawn, images/s 6 7 5 1.25 1.5"]
+
+
+@pytest.mark.by_hand
+def test_what_a_backbone_costs(capsys):
+  backbones = program("bench_backbones")
+  backbones.main(backbones.Config(size=(64, 64), bs=2, classes=3), ("resnet10_quarter",))
+  head, _, row = capsys.readouterr().out.splitlines()[-3:]
+  name, parameters, training, detection = (cell.strip() for cell in row.strip("|").split("|"))
+  assert name == "`resnet10_quarter`" and parameters == "0.5" and float(training) > 1 and float(detection) > 1 and head.count("|") == 5
+
+
+def test_a_backbone_that_is_none_is_named():
+  backbones = program("bench_backbones")
+  with pytest.raises(UserError, match="nonet: no such backbone"): backbones.main(backbones.Config(), ("resnet18", "nonet"))
 
 
 def test_the_table_of_growth_compares_with_its_first_row():

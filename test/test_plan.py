@@ -102,7 +102,7 @@ def test_the_batch_that_a_machine_takes(monkeypatch, capsys, steps, given, pictu
   plan.fit_batch(settings, run(meant_bs=8), detector, Pictures(pictures))
   assert settings.bs == wanted and settings.lr == pytest.approx(rate, rel=0.005)
   assert settings.accumulate == (4 if settings.nominal_bs else 1)
-  assert capsys.readouterr().out.startswith(f"--bs auto: {wanted} pictures a step, learning rate {settings.lr:g}; ")
+  assert capsys.readouterr().out.splitlines()[1].startswith(f"--bs auto: {wanted} pictures a step, learning rate {settings.lr:g}; ")
   settings = SimpleNamespace(**vars(config()) | about | {"sources": {"lr": "--lr"}})
   plan.fit_batch(settings, run(meant_bs=8), detector, Pictures(pictures))
   assert settings.bs == wanted and settings.lr == 1e-3   # what the user said stays
