@@ -11,9 +11,10 @@ from tinygrad import UOp
 from tinydet.parts import take
 
 _parts = take("tinygrad.engine.realize:time_call", "tinygrad.engine.realize:compile_linear", "tinygrad.uop.ops:Ops",
-              "tinygrad.uop.ops:UOp.new_buffer", "tinygrad.uop.ops:UOp.is_bound_var",
+              "tinygrad.uop.ops:UOp.new_buffer", "tinygrad.uop.ops:UOp.is_bound_var", "tinygrad.engine.jit:compile_linear",
               instead="BEAM searches every kernel, and does not say for how long")
 if _parts: _time_call, _compile_linear, Ops, *_ = _parts
+WORKS = bool(_parts)
 
 MOST = 0.9   # of the time of a graph's kernels
 TURNS = 3    # a kernel is timed: the least counts
@@ -22,7 +23,7 @@ TURNS = 3    # a kernel is timed: the least counts
 def compile_linear(linear: UOp, beam: int | None = None, **options: Any) -> UOp:
   """tinygrad's function of that name, for a captured graph's kernels. With `beam` those are searched that hold `MOST` of the time and are tinygrad's
   to spell; a kernel that is no faster afterwards stays as it was."""
-  if not beam or not _parts: return _compile_linear(linear, beam=beam, **options) if _parts else linear
+  if not beam: return _compile_linear(linear, beam=beam, **options)
   plain = _compile_linear(linear, beam=0, **options)
   first = {kernel: i for i, call in reversed(list(enumerate(linear.src))) if (kernel := call.src[0]).op in (Ops.SINK, Ops.PROGRAM)}
   counts = Counter(call.src[0] for call in linear.src)
