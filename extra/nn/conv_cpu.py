@@ -10,8 +10,7 @@ window reaches over the end of a row is left out; in gradients it meets zeros.""
 import functools, math
 from tinygrad import Tensor, UOp
 from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu
-from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
-from tinydet.nn.weight_gradient_cpu import LAY_OUT
+from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.
@@ -164,8 +163,6 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   in_rows, in_columns = rows - 2 * inside, pitch - 2 * inside
   g_rows = top + in_rows + inside
   place = (g_rows * pitch, top * pitch, pitch) if padded else (math.prod(out_size), 0, out_size[1])
-  common = {"BATCH": batch, "GROUPS": groups, "TAPS": math.prod(kernel), "PITCH": pitch}
-  places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
 
   def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if fast: return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, out_size, 2 - padding, turned=True,
@@ -174,12 +171,14 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     if not padded:
       return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
                        kernel[0] - 1 - padding, gradient=True)
+    places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
     taps = [[((top + inside - p // stride) * pitch + inside - q // stride, w) for p, q, w in places if (p % stride, q % stride) == (a, b)]
             for a in range(phases[0]) for b in range(phases[1])]
-    sizes = {"COUNT": (in_rows - 1) * pitch + in_columns, "IN": outs, "OUT": per_group, "X_PLANE": g_rows * pitch,
-             "PLANE": in_rows * in_columns, "WIDTH": in_columns, "W_OUT": len(places), "W_IN": per_group * len(places)}
+    sizes = {"BATCH": batch, "GROUPS": groups, "TAPS": len(places), "PITCH": pitch, "COUNT": (in_rows - 1) * pitch + in_columns,
+             "IN": outs, "OUT": per_group, "X_PLANE": g_rows * pitch, "PLANE": in_rows * in_columns, "WIDTH": in_columns,
+             "W_OUT": len(places), "W_IN": per_group * len(places)}
     size = batch * channels * len(taps) * in_rows * in_columns
-    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), common | sizes)
+    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)

@@ -3,8 +3,7 @@
 A plane is laid out with zeros around in a core's own cache, and some rows of the output are made of it at a time, in whole vectors of a row."""
 import math
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel
-from tinydet.nn.weight_gradient_cpu import LAY_OUT
+from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel
 
 # Output [BATCH, CHANNELS, OUT_H, WIDTH]. FLIP turns the taps around.
 CONVOLVE = """

@@ -67,6 +67,25 @@ static inline vector silu(vector x) { return x / above_sigmoid(x); }
 #define ACTIVATED(x) silu(x)
 """
 
+# Pictures [GROUPS*IN, HEIGHT, COLUMNS] as they are: the ROWS rows of one from `top` on, sorted into PHASE_ROWS x PHASE_COLUMNS phases of the stride
+# and with zeros around
+LAY_OUT = """
+static inline void lay_out(float *restrict to, const float *restrict picture, long top) {
+  for (int r = 0; r < ROWS; r++) UNROLLED (int p = 0; p < PHASE_ROWS; p++) {
+    const long row = (top + r) * STRIDE + p - PADDING;
+    UNROLLED (int q = 0; q < PHASE_COLUMNS; q++) {
+      float *line = to + (p * PHASE_COLUMNS + q) * ROWS * PITCH + r * PITCH;
+      const int start = q < PADDING ? WHOLE(PADDING - q, STRIDE) : 0, stop = LEAST(PITCH, (COLUMNS - 1 + PADDING - q) / STRIDE + 1);
+      if (row < 0 || row >= HEIGHT) { for (int c = 0; c < PITCH; c++) line[c] = 0; continue; }
+      const float *from = picture + row * COLUMNS + q - PADDING;
+      for (int c = 0; c < start; c++) line[c] = 0;
+      for (int c = start; c < stop; c++) line[c] = from[c * STRIDE];
+      for (int c = stop; c < PITCH; c++) line[c] = 0;
+    }
+  }
+}
+"""
+
 
 @functools.cache   # inside a `function` a device cannot be asked
 def _renderer() -> Any: return Device["CPU"].renderer

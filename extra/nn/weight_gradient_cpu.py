@@ -6,28 +6,9 @@ time: its gradients are turned, so that vectors run along the output channels, i
 it while it is in the core's own cache."""
 import math
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import c_kernel, parts_of
+from tinydet.nn.kernel_cpu import LAY_OUT, c_kernel, parts_of
 
 PIECE = 160   # pixels taken at a time, about: their gradients of four vectors fill a first-level cache
-
-# Pictures [GROUPS*IN, HEIGHT, COLUMNS] as they are: the ROWS rows of one from `top` on, sorted into PHASE_ROWS x PHASE_COLUMNS phases of the stride
-# and with zeros around
-LAY_OUT = """
-static inline void lay_out(float *restrict to, const float *restrict picture, long top) {
-  for (int r = 0; r < ROWS; r++) UNROLLED (int p = 0; p < PHASE_ROWS; p++) {
-    const long row = (top + r) * STRIDE + p - PADDING;
-    UNROLLED (int q = 0; q < PHASE_COLUMNS; q++) {
-      float *line = to + (p * PHASE_COLUMNS + q) * ROWS * PITCH + r * PITCH;
-      const int start = q < PADDING ? WHOLE(PADDING - q, STRIDE) : 0, stop = LEAST(PITCH, (COLUMNS - 1 + PADDING - q) / STRIDE + 1);
-      if (row < 0 || row >= HEIGHT) { for (int c = 0; c < PITCH; c++) line[c] = 0; continue; }
-      const float *from = picture + row * COLUMNS + q - PADDING;
-      for (int c = 0; c < start; c++) line[c] = 0;
-      for (int c = start; c < stop; c++) line[c] = from[c * STRIDE];
-      for (int c = stop; c < PITCH; c++) line[c] = 0;
-    }
-  }
-}
-"""
 
 # Gradient [GROUPS*OUT, IN, KERNEL_ROWS, TAPS_A_ROW] of the weight. A tile of sums has ACROSS vectors of output channels, and the taps of one row of
 # the kernel of DEEP input channels; `sums` holds all tiles of a core's share: an OUT_SPLITS-th of the output and an IN_SPLITS-th of the input
