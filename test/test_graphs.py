@@ -224,6 +224,17 @@ def test_what_another_thread_computes_during_a_capture_is_not_captured():
   assert slow(Tensor([2.0, 3.0]).realize()).tolist() == [6, 8]
 
 
+@pytest.mark.parametrize("imports", ["import tinydet, tinygrad", "import tinygrad, tinydet"])
+def test_any_thread_computes_whichever_is_imported_first(imports):
+  program = f"""{imports}
+from concurrent.futures import ThreadPoolExecutor
+from tinygrad import Tensor
+def compute(x): return (Tensor([x, 2.0]) * 3.25).tolist()
+print(compute(1.0), ThreadPoolExecutor(1).submit(lambda: (Tensor([1.0, 2.0, 3.0]) * 4.75).tolist()).result())"""
+  done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+  assert done.stdout.split("\n")[0] == "[3.25, 6.5] [4.75, 9.5, 14.25]", done.stderr
+
+
 @pytest.mark.parametrize("content", [b"no pickle", pickle.dumps(3), pickle.dumps(("KEY", UOp.const(1, dtypes.int), [])),
                                      pickle.dumps(("another", UOp(Ops.LINEAR), []))])
 def test_a_whole_file_of_other_content_is_made_anew(made, content):

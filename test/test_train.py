@@ -109,7 +109,7 @@ def test_a_run_goes_on(first, state_after_first):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-  (["--epoch", "3"], ["--epoch", "did you mean --epochs?"]), (["--bs", "0"], ["--bs 0", "at least 1"]),
+  (["--epoch", "3"], ["--epoch", "did you mean --epochs?"]), (["--bs", "0"], ["--bs 0", "1 or more"]),
   (["--data", "nowhere"], ["nowhere: is neither a folder"]), (["--weights", "nowhere.safetensors"], ["nowhere.safetensors"]),
   (["--bs", "9", "--gpus", "2"], ["--bs 9", "--gpus 2"]), (["--resume", "runs/gone"], ["runs/gone"])])
 def test_bad_input_is_one_line(flags, words, tmp_path):

@@ -8,10 +8,14 @@ from tinydet.errors import UserError
 
 def change_tinygrad() -> None:
   """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
-  _when_imported("tinygrad.helpers", _cache_of_threads)
-  _when_imported("tinygrad.helpers", _variables)
+  _when_imported("tinygrad.helpers", _helpers)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
+
+
+def _helpers(module: ModuleType) -> None:
+  _cache_of_threads(module)
+  _variables(module)
 
 
 def _clang(module: ModuleType) -> None:
@@ -52,7 +56,7 @@ def _no_number(key: str) -> str: return f"{key}={os.environ[key]}: this variable
 
 
 def _when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
-  """Call `change` with the module `name`: at once if it is imported, else right after it will be."""
+  """Call `change` with the module `name`: at once if it is imported, else right after it will be. One change a module: of two, one is not called."""
   if (module := sys.modules.get(name)) is not None: change(module)
   else: sys.meta_path.insert(0, SimpleNamespace(find_spec=functools.partial(_spec, name, change)))
 
