@@ -53,13 +53,12 @@ PRESETS = {
              "score_in_background": True, "workers": 8, "log_every": 50, "mlperf_log": True}}
 
 
-# What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
-BUDGET = {"processor": {"backbone": "resnet10_quarter", "box_loss": "giou", "lr": 2e-3, "warmup": 1.0},
-          "gpu": {"backbone": "resnet50", "trainable_layers": 3, "lr": 1e-4}}
+# What a folder and --budget begin with on a device: what learns a few hundred pictures there in half an hour.
+NETWORKS = {"processor": {"backbone": "resnet10_quarter", "box_loss": "giou", "lr": 2e-3, "warmup": 1.0},
+            "gpu": {"backbone": "resnet50", "trainable_layers": 3, "lr": 1e-4}}
 
 
 def main(config: Config, run: Run) -> None:
-  plan.choose_network(config, run, BUDGET)
   plan.choose_weights(config, run, network := f"retinanet_{config.backbone}_fpn" + "_v2" * (config.variant == "v2"))
   recipes = {name: Config(**preset) for name, preset in PRESETS.items()}
   mlperf = MLPerfLog(config, recipes["mlperf"], WARMUP_FACTOR, config.mlperf_log and run.ranks.rank == 0)
@@ -82,4 +81,4 @@ def main(config: Config, run: Run) -> None:
   train_detector(run, detector, fit, data, recipes, notes, observers=[mlperf])
 
 
-if __name__ == "__main__": launch(Config, PRESETS, main, EMBEDDED, "backbone")
+if __name__ == "__main__": launch(Config, PRESETS, main, EMBEDDED, "backbone", networks=NETWORKS)

@@ -50,12 +50,11 @@ PRESETS |= {
   "coco-12": COCO | {"model": "yolo12n", "epochs": 600},
   "coco-26": COCO | {"model": "yolo26n"}}   # published with MuSGD, for which SGD stands in: it would triple the kernels of a step
 
-# What --budget begins with on a device: what learns a few hundred pictures there in half an hour.
-BUDGET = {"processor": {"model": "yolov8t", "lr": 2e-3}, "gpu": {"model": "yolov8s", "size": (640, 640)}}
+# What a folder and --budget begin with on a device: what learns a few hundred pictures there in half an hour.
+NETWORKS = {"processor": {"model": "yolov8t", "lr": 2e-3}, "gpu": {"model": "yolov8s", "size": (640, 640)}}
 
 
 def main(config: Config, run: Run) -> None:
-  plan.choose_network(config, run, BUDGET)
   plan.choose_weights(config, run, config.model)
   # ---------------------------------------------------------------------------------------------------------------------------- data
   data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
@@ -72,4 +71,4 @@ def main(config: Config, run: Run) -> None:
   train_detector(run, detector, fit, data, {}, notes)
 
 
-if __name__ == "__main__": launch(Config, PRESETS, main, EMBEDDED, "model")
+if __name__ == "__main__": launch(Config, PRESETS, main, EMBEDDED, "model", networks=NETWORKS)

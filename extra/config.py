@@ -8,6 +8,7 @@ from tinydet.errors import UserError
 Config = TypeVar("Config")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 PREFIX = "TINYDET_"
+DEVICE = "this device"   # the source of settings that a program chooses by the device
 BARE = ("bs", "epochs", "lr", "seed", "gpus", "wandb")   # whose variables have no prefix: tinygrad's own examples read them
 
 
@@ -82,6 +83,20 @@ def parse(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], 
   object.__setattr__(config, "preset", preset)
   object.__setattr__(config, "sources", sources)
   return config
+
+
+def is_free(config: Any, name: str) -> bool:
+  """Whether the user left a setting to the program."""
+  source = config.sources.get(name, "default")
+  return source in ("default", DEVICE) or source.startswith("preset ")
+
+
+def set_free(config: Any, settings: Mapping[str, Any], source: str) -> None:
+  """Set those of `settings` that the user left to the program, on behalf of `source`."""
+  for name, value in settings.items():
+    if is_free(config, name):
+      setattr(config, name, value)
+      config.sources[name] = source
 
 
 def variable(field: dataclasses.Field) -> str:

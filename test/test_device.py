@@ -36,7 +36,7 @@ def machine(monkeypatch):
 
 def test_a_driver_that_is_the_processor_gives_way_to_the_cpu_device(machine, capsys, monkeypatch):
   machine("CL", CPU | DEFAULT)
-  assert device._default() == "CPU" and DEV.device == "CPU" and device.os.environ["DEV"] == "CPU"
+  assert device.default_device() == "CPU" and DEV.device == "CPU" and device.os.environ["DEV"] == "CPU"
   line, = capsys.readouterr().err.splitlines()
   assert line == "note: CL is cpu-skylake, which runs on the processor: DEV=CPU is taken, which is faster; DEV=CL chooses it all the same"
 
@@ -45,13 +45,13 @@ def test_a_driver_that_is_the_processor_gives_way_to_the_cpu_device(machine, cap
   ("CL", GPU, "", "CL"), ("CL", GPU | DEFAULT, "", "CL"), ("CL", CPU, "CL", "CL"), ("CUDA", CPU, "", "CUDA"), ("CPU", CPU, "", "CPU")])
 def test_others_stand(machine, capsys, name, kind, by_user, expected):
   machine(name, kind, by_user)
-  assert device._default() == expected and not capsys.readouterr().err and DEV.device == by_user
+  assert device.default_device() == expected and not capsys.readouterr().err and DEV.device == by_user
 
 
 def test_a_driver_that_does_not_answer_is_left_alone(machine, monkeypatch):
   machine("CL", CPU)
   monkeypatch.setattr(device, "is_processor", lambda _: False)
-  assert device._default() == "CL"
+  assert device.default_device() == "CL"
 
 
 def test_the_constants_are_opencls():

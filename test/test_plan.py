@@ -7,14 +7,14 @@ from tinydet.datasets.fit import Fit
 from tinydet.errors import UserError
 from tinydet.runtime.memory import available
 from tinydet.runtime.mpi import ALONE
-from tinydet.training import plan
+from tinydet.training import plan, run as training_run
 from tinydet.training.run import Run
 
 
 def config(**given):
   usual = {"budget": 0.0, "size": (320, 320), "epochs": 24, "bs": 8, "eval_every": 1, "close_mosaic": 10, "warmup": 0.5, "accumulate": 1,
            "patience": 0, "preset": "folder", "weights": "auto", "data": ".", "stop_at_target": False, "target": None}
-  return SimpleNamespace(**usual | given, sources=dict.fromkeys(given, "--flag"))
+  return SimpleNamespace(**{"sources": dict.fromkeys(given, "--flag")} | usual | given)
 
 
 def run(**given): return SimpleNamespace(ranks=ALONE, resumed=None, started=time.monotonic(), **given)
@@ -25,6 +25,24 @@ def test_times():
   assert all(plan.seconds(plan.show_seconds(value)) == value for value in (1800, 90, 0, 5400))
   for text in ("soon", "-3m", "m", "1d"):
     with pytest.raises(ValueError, match="such as 30m"): plan.seconds(text)
+
+
+NETWORKS = {"processor": {"backbone": "small", "lr": 2e-3}, "gpu": {"backbone": "large", "lr": 1e-4}}
+
+
+@pytest.mark.parametrize(("device", "given", "backbone", "lr"), [
+  ("CPU", {}, "small", 2e-3), ("CL", {}, "large", 1e-4), ("CUDA:1", {"lr": 0.5}, "large", 0.5),
+  ("CPU", {"backbone": "mine"}, "mine", 0.1), ("CPU", {"weights": "mine.pth"}, "usual", 0.1),
+  ("CPU", {"weights": "mine.pth", "budget": 60.0}, "small", 2e-3), ("CPU", {"backbone": "mine", "budget": 60.0}, "mine", 2e-3)])
+def test_a_folder_gets_a_network_that_its_device_can_train(device, given, backbone, lr, monkeypatch):
+  monkeypatch.setattr(training_run, "default_device", lambda: device)
+  settings = config(**{"lr": 0.1, "backbone": "usual"} | given)
+  settings.sources = dict.fromkeys(given, "--flag")
+  said = training_run.choose_network(settings, NETWORKS, "backbone")
+  assert (settings.backbone, settings.lr) == (backbone, lr)
+  assert said.startswith(f"network: {backbone}, ") == ("backbone" not in given and "weights" not in given), said
+  settings = config(lr=0.1, backbone="usual", preset="demo", sources={})
+  assert not training_run.choose_network(settings, NETWORKS, "backbone") and settings.backbone == "usual"
 
 
 def test_the_best_weights_that_can_be_had(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ def require_device() -> str:
           "unset CC (a variable of the environment, which conda's compilers set too), or set it to the path of a clang; gcc will not do")
   clangless = f"the CPU device compiles with clang, and {compiler} does not work as one: {mend}"
   _keep_kernels()
-  try: Device[name := _default()]
+  try: Device[name := default_device()]
   except Exception as e:
     if not compiles and (wanted is None or wanted.upper().startswith("CPU")): raise UserError(clangless) from e
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -33,7 +33,7 @@ def require_device() -> str:
   return name
 
 
-def _default() -> str:
+def default_device() -> str:
   """tinygrad's default device; the CPU in place of an OpenCL driver that is the processor itself and slower by far, unless DEV says otherwise."""
   from tinygrad import Device
   chosen = take("tinygrad.helpers:DEV", instead="an OpenCL driver that is the processor itself is not told from a GPU")

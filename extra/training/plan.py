@@ -1,11 +1,11 @@
 """What a run decides by itself where its user does not: starting weights, the first steps' length, and what fits a time."""
 import math, os, re, time
-from collections.abc import Mapping
 from typing import Any
 import numpy as np
 from tinygrad import Context, Device, GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
+from tinydet.config import is_free, set_free
 from tinydet.datasets.download import DATASETS
 from tinydet.datasets.fit import Fit
 from tinydet.detection.anchor_fit import MISSED, best_iou
@@ -53,25 +53,6 @@ def pictures(text: str) -> int:
 def show_pictures(value: int) -> str:
   """Write the pictures of a step the way `pictures` reads them."""
   return str(value) if value else "auto"
-
-
-def is_free(config: Any, name: str) -> bool:
-  """Whether the user left a setting to the program."""
-  source = config.sources.get(name, "default")
-  return source == "default" or source.startswith("preset ")
-
-
-def take(config: Any, settings: Mapping[str, Any]) -> None:
-  """Set what the user has left free."""
-  for name, value in settings.items():
-    if is_free(config, name):
-      setattr(config, name, value)
-      config.sources[name] = "--budget"
-
-
-def choose_network(config: Any, run: Run, networks: Mapping[str, Mapping[str, Any]]) -> None:
-  """With `--budget`, take the settings that a program has for this kind of device: "processor" or "gpu"."""
-  if config.budget and not run.resumed: take(config, networks["processor" if Device.DEFAULT.partition(":")[0] in ("CPU", "LLVM") else "gpu"])
 
 
 def choose_weights(config: Any, run: Run, architecture: str) -> None:
@@ -177,8 +158,8 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
   if epochs(size) < 1:
     raise UserError(f"--budget {show_seconds(config.budget)}: an epoch of {len(train_set):,} pictures at {size[0]}x{size[1]} takes "
                     f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
-  take(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))})
-  take(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)})
+  set_free(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))}, "--budget")
+  set_free(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)}, "--budget")
   each = epoch_seconds(size)
   print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
         f"{round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import numpy as np
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
-from tinydet.config import as_dict, describe, differences, named_sources, parse, recall
+from tinydet.config import DEVICE, as_dict, describe, differences, is_free, named_sources, parse, recall, set_free
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.reporting import report
 from tinydet.reporting.tracking import Tracker, Untracked, duration, warn
 from tinydet.runtime import random
-from tinydet.runtime.device import require_device
+from tinydet.runtime.device import default_device, require_device
 from tinydet.runtime.devices import devices, replicate, take_devices
 from tinydet.runtime.mpi import Ranks, join
 from tinydet.runtime.signals import Signals, before_the_loop
@@ -24,18 +24,20 @@ from tinydet.training.resume import Checkpoints, find_run, open_run, restore, ru
 from tinydet.training.trainer import TrainerConfig, check_batch_size, make_optimizer, settle_batch
 
 Config = TypeVar("Config", bound=TrainerConfig)
+Networks = Mapping[str, Mapping[str, Any]]
 SLOWER = 0.1   # times the rate, on a plateau (He et al. 2016, section 3.4)
 
 
 def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], main: Callable[[Config, "Run"], None], embedded: str,
-           network: str, score: str = "mAP") -> None:
+           network: str, score: str = "mAP", networks: Networks | None = None) -> None:
   """The whole of a trainer but its `main(config, run)`: settings of all sources, the ranks, the device.
 
   `presets` has "demo", the default where `--data` is an `embedded` data set, and "folder", the default elsewhere. `network` is the setting that names
-  the network, for the run's own name, `score` the series that ranks its evaluations."""
+  the network, for the run's own name, `score` the series that ranks its evaluations. `networks` are the settings of a folder's network on a
+  "processor" and on a "gpu"."""
   started = time.monotonic()
   with exit_on_user_error(), before_the_loop(), join() as ranks:
-    config = settings(config_class, presets, embedded, network, ranks.rank == 0)
+    config = settings(config_class, presets, embedded, network, ranks.rank == 0, networks)
     config = ranks.broadcast(config)   # the folder of the run may be on rank 0's machine alone
     with named_sources(config):
       take_devices(ranks, config.gpus)
@@ -44,16 +46,32 @@ def launch(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]],
       with contextlib.closing(Run(config, ranks, getattr(config, network), started, score, meant)) as run: main(config, run)
 
 
-def settings(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], embedded: str, network: str, resumes: bool = True) -> Config:
+def settings(config_class: type[Config], presets: Mapping[str, Mapping[str, Any]], embedded: str, network: str, resumes: bool = True,
+             networks: Networks | None = None) -> Config:
   """The settings of this program from the command line and the environment; of a run that is resumed, if this rank `resumes`, from its own record
   where neither says."""
   read = partial(parse, config_class, presets, sys.argv[1:], os.environ)
   config = read("demo")
   if config.data.partition(":")[0] != embedded: config = read("folder")
   if not resumes: return config
+  chosen = choose_network(config, networks, network) if networks else ""
   with named_sources(config): folder = find_run(config.resume, config.out, run_name(config.run_name, config.data, getattr(config, network)))
-  if folder is None or not (folder / "config.json").is_file(): return config
+  if folder is None or not (folder / "config.json").is_file():
+    if chosen: print(chosen)
+    return config
   return read(kept=recall(config_class, folder / "config.json"))
+
+
+def choose_network(config: Any, networks: Networks, network: str) -> str:
+  """Take the settings that a program has for a folder's network on this kind of device, where the user names neither network nor weights, and with
+  `--budget` those that are free; in words for the user where they name the network."""
+  unsaid = config.preset == "folder" and is_free(config, network) and is_free(config, "weights")
+  if not (unsaid or config.budget): return ""
+  processor = default_device().partition(":")[0] in ("CPU", "LLVM")
+  set_free(config, networks["processor" if processor else "gpu"], DEVICE)
+  if not unsaid: return ""
+  where = "this processor" if processor else "a GPU"
+  return f"network: {getattr(config, network)}, which learns a few hundred pictures in half an hour on {where}; --{network} chooses another"
 
 
 class Run:
