@@ -17,6 +17,7 @@ from tinydet.training.run import Run, launch
 @dataclass
 class Config(DetectionConfig):
   model: str = option("yolov8n", "the network", choices=yolo.NAMES, group="model")
+  auxiliary: bool = option(False, "train YOLOv9 (t, s, m, c) with its auxiliary layers, which are left out of best.safetensors", group="model")
 
 
 AUGMENT = {"mosaic": 1.0, "zoom": 0.5, "shift": 0.1, "hsv": True}
@@ -45,7 +46,8 @@ PRESETS |= {
   "coco-v5": COCO | {"model": "yolov5n-classic", "epochs": 300, "close_mosaic": 0},
   "coco-v6": COCO | {"model": "yolov6n", "epochs": 300, "schedule": "cosine"},
   "coco-v7": COCO | {"model": "yolov7", "epochs": 300, "last_lr": 0.1, "zoom": 0.9, "shift": 0.2, "mixup": 0.15, "paste": 0.15, "close_mosaic": 0},
-  "coco-v9": COCO | {"model": "yolov9s", "zoom": 0.9, "mixup": 0.15, "paste": 0.3, "close_mosaic": 15},
+  "coco-v9": COCO | {"model": "yolov9s", "zoom": 0.9, "mixup": 0.15, "paste": 0.3, "close_mosaic": 15,
+                      "auxiliary": True},
   "coco-v10": COCO | {"model": "yolov10n", "bs": 256, "nominal_bs": 0},
   "coco-12": COCO | {"model": "yolo12n", "epochs": 600},
   "coco-26": COCO | {"model": "yolo26n"}}   # published with MuSGD, for which SGD stands in: it would triple the kernels of a step
@@ -60,7 +62,7 @@ def main(config: Config, run: Run) -> None:
   data = train_set, _ = open_splits(config, run.ranks, run.goes_on_in)
 
   # ---------------------------------------------------------------------------------------------------------------------------- network
-  detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed)
+  detector = detectors.build(config.model, len(train_set.class_names), seed=config.seed, auxiliary=config.auxiliary)
   notes = start_from(config, detector, train_set.class_names, run)
   plan.fit_machine(config, run, detector, data)
   fit = detector.fit(config.size, config.max_size)

@@ -144,7 +144,7 @@ def test_auxiliary_classifiers_may_be_missing_or_too_much(blank, tmp_path):
   model, plain = classifiers.build("googlenet", 5), classifiers.NETWORKS["googlenet"](5, "batch", auxiliary=False)
   whole = {key: np.zeros(t.shape, np.float32) for key, t in get_state_dict(model).items()}
   less = {key: value for key, value in whole.items() if not key.startswith("aux")}
-  assert fit(model, less, tmp_path / "googlenet.pth") == ["googlenet.pth: has no auxiliary classifiers, which start anew"]
+  assert fit(model, less, tmp_path / "googlenet.pth") == ["googlenet.pth: has no auxiliary layers, which start anew"]
   notes = fit(plain, whole, tmp_path / "googlenet.pth")
   assert len(notes) == 1 and "aux1.conv.conv.weight" in notes[0] and notes[0].endswith("not used")
   with pytest.raises(UserError, match=r"1 missing \(fc.bias\)"): fit(plain, {k: v for k, v in less.items() if k != "fc.bias"}, tmp_path / "x.pth")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
+from tinygrad.helpers import TRAINING
 from tinygrad.nn.state import get_parameters
 from tinydet.class_names import COCO80
 from tinydet.detection import anchor_fit, yolo as decoding
@@ -28,6 +29,7 @@ RECIPES = {"yolov6n": (Recipe(2.5, 1.0, 0.5, "siou", "iou", 13, 1.0, varifocal=T
            "yolo26": (Recipe(plain_sides=True), Recipe(plain_sides=True, topk=7, last_topk=1, smallest=16.0)),
            "": (Recipe(),)}
 V5, V7 = Gains(), Gains(objectness=0.7, classes=0.3, simota=True)
+AUXILIARY_SHARE = 0.25   # of YOLOv9's auxiliary head in the loss
 FIRST_SHARE, LAST_SHARE = 0.8, 0.1   # of YOLO26's one-to-many loss, at a run's beginning and end; the rest is the one-to-one head's
 
 
@@ -36,14 +38,21 @@ class Yolo(Detector):
   `fold` is called."""
   multiple, sigmoid = 32, False
 
-  def __init__(self, name: str, num_classes: int = 80, seed: int = 0):
+  def __init__(self, name: str, num_classes: int = 80, seed: int = 0, auxiliary: bool = False):
     self.name, self.num_classes, self.facts = name, num_classes, yolo.facts(name)
-    self.network = yolo.build(name, num_classes, seed)
+    if auxiliary and name not in yolo.AUXILIARY:
+      raise UserError(f"--auxiliary: {name} has no auxiliary layers; {', '.join(yolo.AUXILIARY)} have")
+    self.network = yolo.build(name, num_classes, seed, auxiliary)
     place = {"letterbox": True, "centred": True} if self.facts.letterbox else {}
     self.preprocessing = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, fill=GREY, **place)
     self.fitted: np.ndarray | None = None   # w, h in pixels [levels,3,2], where they are others than the published ones and no tensor has them
     self.usual_size, self.class_names = (self.facts.side,) * 2, list(COCO80) if num_classes == 80 else None
     self.selection = {"topk": TOPK, "clip": False, "nms_threshold": None if self.facts.end2end else self.facts.nms}
+
+  def __call__(self, images: Tensor, dtype: DType = dtypes.float32) -> Outputs:
+    """As in `Detector`; in training, where the network has auxiliary layers, the outputs of their head too."""
+    if TRAINING and getattr(self.network, "auxiliary", None): return self.network.with_auxiliary(self.prepare(images, dtype))
+    return super().__call__(images, dtype)
 
   def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]: return self.network.features(x, layer)
 
@@ -63,8 +72,10 @@ class Yolo(Detector):
     pictures of the batch (YOLOv6, darknet: their sum), as in the families' own programs."""
     if self.facts.decode != "sides": return self._anchor_losses(outputs, boxes, labels, canvas)
     recipes = next(recipe for begins, recipe in RECIPES.items() if self.name.startswith(begins))
+    auxiliary = self.name.startswith("yolov9") and len(outputs) > 2
+    if auxiliary: recipes *= 2
     heads = [side_losses(*outputs[2 * i:2 * i + 2], boxes, labels, canvas, self.facts.strides, recipe) for i, recipe in enumerate(recipes)]
-    shares = [1.0] * len(heads)
+    shares = [1.0, AUXILIARY_SHARE] if auxiliary else [1.0] * len(heads)
     if self.name.startswith("yolo26"):
       share = FIRST_SHARE + (LAST_SHARE - FIRST_SHARE) * self.progress()
       shares = [share, 1 - share]

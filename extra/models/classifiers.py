@@ -14,7 +14,7 @@ FAMILIES: tuple[ModuleType, ...] = (resnet, alexnet, vgg, squeezenet, densenet, 
                                     regnet, convnext)
 NETWORKS = {name: make for family in FAMILIES for name, make in family.NETWORKS.items()}
 NAMES = tuple(NETWORKS)
-AUXILIARIES = ("AuxLogits.", "aux1.", "aux2.")   # how the names begin of what learns beside the classes and may be missing from a file
+AUXILIARIES = ("AuxLogits.", "aux1.", "aux2.", "auxiliary.")   # how the names begin of what learns beside the classes and may be missing from a file
 
 
 def made(name: str, num_classes: int | None = 1000, norm: str = "batch") -> Classifier:

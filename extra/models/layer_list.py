@@ -8,13 +8,13 @@ from tinydet.nn.pool import max_pool_2x2, upsample
 
 class Layer(NamedTuple):
   """One layer of a list: `make(in_channels)` gives it, `channels` are what it makes (None: all that it takes), `sources` the layers that it takes,
-  -1 the one before. Of several, both the maker and the layer get a list."""
+  -1 the one before, `PICTURE` what all begins with. Of several, both the maker and the layer get a list."""
   make: Callable[..., Callable]
   channels: int | None
-  sources: tuple[int, ...] = (-1,)
+  sources: tuple[int | None, ...] = (-1,)
 
 
-def layer(block: Callable, channels: int, *args: Any, source: int = -1, **options: Any) -> Layer:
+def layer(block: Callable, channels: int, *args: Any, source: int | None = -1, **options: Any) -> Layer:
   """`block(in_channels, channels, *args)` on layer `source`."""
   return Layer(lambda in_channels: block(in_channels, channels, *args, **options), channels, (source,))
 
@@ -40,24 +40,34 @@ class Pool:
   def __call__(self, x: Tensor) -> Tensor: return max_pool_2x2(x, self.stride)
 
 
+PICTURE = None   # as a source
 UP, HALVED = Layer(lambda in_channels: Double(), None), Layer(lambda in_channels: Pool(), None)
 
 
 class LayerList:
   """A picture's batch f32 [B,3,H,W], sides multiples of 32, through a list of layers, of which the last is the head -> its outputs. The first
-  `backbone` layers are the backbone. The last is the `whole_head`, or gathers heads that stand among the neck's layers."""
-  def __init__(self, layers: Sequence[Layer], backbone: int, whole_head: bool = True):
+  `backbone` layers are the backbone. The last is the `whole_head`, or gathers heads that stand among the neck's layers. `auxiliary` are layers for
+  training alone, numbered from the last one on, which end in a head too."""
+  def __init__(self, layers: Sequence[Layer], backbone: int, whole_head: bool = True, auxiliary: Sequence[Layer] = ()):
     self.ends = {"backbone": backbone, "pyramid": len(layers) - 1 if whole_head else backbone}   # layers before the end of each part
     self.whole_head = whole_head
     self.model: list[Callable] = []
-    self.sources = [tuple(s % i if s < 0 and i else s for s in entry.sources) for i, entry in enumerate(layers)]
+    self.auxiliary: list[Callable] = []
+    self.sources = [tuple(PICTURE if s is PICTURE or not i else s % i if s < 0 else s for s in entry.sources)
+                    for i, entry in enumerate((*layers, *auxiliary))]
     channels: list[int] = []
-    for entry, sources in zip(layers, self.sources):
-      taken = [channels[s] if channels else 3 for s in sources]
-      self.model.append(entry.make(taken if len(taken) > 1 else taken[0]))
+    for i, (entry, sources) in enumerate(zip((*layers, *auxiliary), self.sources)):
+      taken = [3 if s is PICTURE else channels[s] for s in sources]
+      (self.model if i < len(layers) else self.auxiliary).append(entry.make(taken if len(taken) > 1 else taken[0]))
       channels.append(entry.channels or sum(taken))
 
   def __call__(self, x: Tensor) -> tuple[Tensor, ...]: return self.run(x, len(self.model))[len(self.model) - 1]
+
+  def with_auxiliary(self, x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of the head, then those of the auxiliary one."""
+    last = len(self.model) + len(self.auxiliary) - 1
+    outputs = self.run(x, last + 1)
+    return outputs[len(self.model) - 1] + outputs[last]
 
   def run(self, x: Tensor, end: int) -> dict[int, Any]:
     """The outputs of the layers before `end`, by number."""
@@ -65,7 +75,7 @@ class LayerList:
 
   def taken(self, end: int) -> list[int]:
     """The numbers of the layers before `end` that layers from there on take."""
-    return sorted({s for sources in self.sources[end:] for s in sources if s < end})
+    return sorted({s for sources in self.sources[end:len(self.model)] for s in sources if s < end})
 
   def features(self, x: Tensor, layer: str = "backbone") -> list[Tensor]:
     """What the "backbone", or the "pyramid" behind it where the head is whole, hands on."""
@@ -90,24 +100,27 @@ class LayerList:
     """How the names of tensors begin, from the last part to the first."""
     last, body = len(self.model) - 1, self.ends["backbone"]
     def names(first: int, end: int) -> tuple[str, ...]: return tuple(f"model.{number}." for number in range(first, end))
-    return ({"head": names(last, last + 1)} if self.whole_head else {}) | {"neck": names(body, last), "backbone": names(0, body)}
+    beside = {"auxiliary": ("auxiliary.",)} if self.auxiliary else {}
+    return beside | ({"head": names(last, last + 1)} if self.whole_head else {}) | {"neck": names(body, last), "backbone": names(0, body)}
 
   def _run(self, outputs: dict[int, Any], first: int, end: int, x: Tensor | None) -> dict[int, Any]:
     """The outputs of the layers from `first` to before `end`, beside those given."""
     for number in range(first, end):
-      taken = [outputs[s] for s in self.sources[number]] if number else [x]
-      outputs[number] = self.model[number](taken if len(taken) > 1 else taken[0])
+      taken = [x if s is PICTURE else outputs[s] for s in self.sources[number]]
+      module = self.model[number] if number < len(self.model) else self.auxiliary[number - len(self.model)]
+      outputs[number] = module(taken if len(taken) > 1 else taken[0])
     return outputs
 
   @property
   def class_rows(self) -> dict[str, tuple[int, int]]:
     """The tensors with a row for each class: how many times they have all, and how many other rows come before the classes each time."""
-    return head_rows({f"model.{number}": module for number, module in enumerate(self.model)})
+    return head_rows({f"{part}.{number}": module for part in ("model", "auxiliary") for number, module in enumerate(getattr(self, part))})
 
   @property
   def class_branches(self) -> tuple[str, ...]:
     """How the names of tensors begin whose width may follow the number of classes."""
-    return tuple(f"model.{len(self.model) - 1}.{branch}." for branch in ("cv3", "one2one_cv3"))
+    beside = [f"auxiliary.{len(self.auxiliary) - 1}.cv3."] if self.auxiliary else []
+    return (*(f"model.{len(self.model) - 1}.{branch}." for branch in ("cv3", "one2one_cv3")), *beside)
 
 
 def head_rows(modules: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -38,7 +38,7 @@ _OWN: dict[str, Facts] = {
   "yolov4-tiny": _DARKNET._replace(strides=(16, 32), anchors=_TINY, scale_xy=(1.05, 1.05), backbone=27, side=416),
   "yolov6n": Facts(bins=1, nms=0.65), "yolov6s": Facts(bins=1, nms=0.65), "yolov6m": Facts(bins=17, nms=0.65), "yolov6l": Facts(bins=17, nms=0.65),
   "yolov7": Facts("v5", anchors=_V4, nms=0.65, backbone=51)}
-NAMES = (*darknet.NETWORKS, *yolov6.SIZES, *yolo_lists.NETWORKS)
+NAMES, AUXILIARY = (*darknet.NETWORKS, *yolov6.SIZES, *yolo_lists.NETWORKS), tuple(yolo_lists.AUXILIARY)   # the latter have auxiliary layers
 
 
 def facts(name: str) -> Facts:
@@ -50,20 +50,21 @@ def facts(name: str) -> Facts:
   return Facts(backbone={"yolo11": 11, "yolo12": 9}.get(name[:6], 10))
 
 
-def made(name: str, num_classes: int) -> Any:
-  """The network `name` without values: only names and shapes are sure."""
+def made(name: str, num_classes: int, auxiliary: bool = False) -> Any:
+  """The network `name` without values: only names and shapes are sure. `auxiliary`: with its layers for training alone."""
   if name in yolov6.SIZES: return yolov6.YOLOv6(yolov6.SIZES[name], num_classes)
   return LayerList({**yolo_lists.NETWORKS, **darknet.NETWORKS}[name](num_classes), facts(name).backbone,
-                   whole_head=facts(name).decode != "darknet")
+                   facts(name).decode != "darknet", yolo_lists.AUXILIARY[name](num_classes) if auxiliary else ())
 
 
-def build(name: str, num_classes: int = 80, seed: int = 0) -> Any:
+def build(name: str, num_classes: int = 80, seed: int = 0, auxiliary: bool = False) -> Any:
   """The network `name`, one of `NAMES`, initialised from `seed`: f32 [B,3,H,W] in 0..1, sides multiples of 32, -> a tuple of float32 tensors, for
-  which see its head (`yolo_blocks.Detect`, `yolo_blocks.AnchorDetect`, `yolov6.YOLOv6`, `darknet`).
+  which see its head (`yolo_blocks.Detect`, `yolo_blocks.AnchorDetect`, `yolov6.YOLOv6`, `darknet`). `auxiliary`: YOLOv9's, with the layers that are
+  for training alone.
 
-  Raises ValueError for another name."""
+  Raises ValueError for another name, and KeyError for `auxiliary` of a network that has none."""
   if name not in NAMES: raise ValueError(f"{name!r} is no YOLO network: {', '.join(NAMES)}")
-  network = made(name, num_classes)
+  network = made(name, num_classes, auxiliary)
   init.initialize(network, lambda key, shape: init_rule(name, key, shape), seed)
   return network
 

@@ -305,6 +305,27 @@ class ADown:
     return joined(self.cv1(first), self.cv2(max_pool(second.contiguous())))
 
 
+class Split:
+  """Groups of `widths` channels by one 1x1 convolution (YOLOv9's CBLinear)."""
+  def __init__(self, in_channels: int, widths: tuple[int, ...]):
+    self.conv, self.widths = Conv2d(in_channels, sum(widths), 1), list(widths)
+
+  def __call__(self, x: Tensor) -> tuple[Tensor, ...]: return self.conv(x).split(self.widths, dim=1)
+
+
+class Fuse:
+  """The last of its inputs, and of each `Split` before it group number `group`, enlarged to that one's size, added up (YOLOv9's CBFuse)."""
+  def __init__(self, group: int): self.group = group
+
+  def __call__(self, parts: Sequence) -> Tensor:
+    batch, channels, height, width = parts[-1].shape
+    def enlarged(x: Tensor) -> Tensor:
+      by = height // x.shape[2]
+      return x.reshape(batch, channels, height // by, 1, width // by, 1).expand(batch, channels, height // by, by, width // by, by).reshape(
+        parts[-1].shape)
+    return sum((enlarged(part[self.group]) for part in parts[:-1]), parts[-1]).contiguous()
+
+
 class SPPCSPC:
   """YOLOv7's `SPPF` inside CSP."""
   def __init__(self, in_channels: int, out_channels: int):

@@ -5,7 +5,7 @@ import functools, math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from tinydet.models import yolo_blocks as blocks
-from tinydet.models.layer_list import HALVED, UP, Layer, cat, layer
+from tinydet.models.layer_list import HALVED, PICTURE, UP, Layer, cat, layer
 from tinydet.models.yolo_blocks import A2C2f, AConv, ADown, C2PSA, C2f, C3, Conv, ELAN, PSA, SCDown, SPPELAN, SPPF, c2f_cib, c3k2
 
 
@@ -65,6 +65,20 @@ def _v9(size: _V9, num_classes: int) -> list[Layer]:
           elan(w3, size.wide), layer(down, w4 if down is AConv else size.wide), elan(w4), layer(down, w5), elan(w5),                # 4
           layer(SPPELAN, w5, w5 // 2), UP, cat(6), elan(w4), UP, cat(4), elan(w3), layer(down, size.steps[0]), cat(12), elan(w4),   # 9
           layer(down, size.steps[1]), cat(9), elan(w5), _head(15, 18, 21)(num_classes)]                                             # 19
+
+
+def _v9_auxiliary(size: _V9, num_classes: int) -> list[Layer]:
+  """What helps YOLOv9 to learn, behind the 23 layers of its list (Wang et al. 2024, section 3.1; layers as in the authors' MIT program). t and s have
+  a second neck; m and c a second backbone, into which groups of the first one's channels are added at each resolution."""
+  main, (w3, w4, w5) = _v9(size, num_classes), size.widths[1:]
+  if size.plain_first:
+    def elan(width: int) -> Layer: return layer(ELAN, width, width, width // 2, size.repeats)
+    return [layer(SPPELAN, w5, w5 // 2, source=8), UP, cat(6), elan(w4), UP, cat(4), elan(w3), _head(29, 26, 23)(num_classes)]      # 23
+  groups = tuple(main[number].channels for number in (3, 5, 7))   # the widths of the steps down
+  def split(source: int, count: int) -> Layer: return Layer(lambda channels: blocks.Split(channels, groups[:count]), sum(groups[:count]), (source,))
+  def fuse(group: int, *sources: int) -> Layer: return Layer(lambda channels: blocks.Fuse(group), groups[group], (*sources, -1))
+  return [split(4, 1), split(6, 2), split(8, 3), main[0]._replace(sources=(PICTURE,)), main[1], main[2], main[3], fuse(0, 23, 24, 25),   # 23
+          main[4], main[5], fuse(1, 24, 25), main[6], main[7], fuse(2, 25), main[8], _head(31, 34, 37)(num_classes)]                     # 31
 
 
 def _v10(size: Size, inverted: Mapping[int, bool], num_classes: int) -> list[Layer]:
@@ -130,6 +144,8 @@ _V10 = {"n": (Size(.33, .25), {22: True}), "s": (Size(.33, .5), {8: True, 22: Tr
         "x": (Size(1, 1.25, 512), {6: False, 8: False, 13: False, 19: False, 22: False})}
 _V11 = {"n": Size(.5, .25), "s": Size(.5, .5), "m": Size(.5, 1, 512), "l": Size(1, 1, 512), "x": Size(1, 1.5, 512)}   # and 12's, 26's
 
+# The layers for training alone, of those that have some.
+AUXILIARY: dict[str, Callable[[int], list[Layer]]] = {f"yolov9{k}": functools.partial(_v9_auxiliary, size) for k, size in _V9S.items()}
 # Of each name the list of layers for a number of classes.
 NETWORKS: dict[str, Callable[[int], list[Layer]]] = {
   **{f"yolov5{k}": functools.partial(_v5, size, _V5_HEAD) for k, size in _V5.items()},

@@ -54,10 +54,11 @@ class Checkpoints:
     return {key.removeprefix("model."): np.array(t.numpy()) for key, t in self.tensors.items() if key.startswith("model.")}
 
   def keep_best(self, metadata: dict, half: bool = False, weights: dict[str, np.ndarray] | None = None) -> None:
-    """Write `weights`, by default those of now, to `folder`/best.safetensors, in half precision if asked; reported where it fails, and the run goes
-    on."""
+    """Write `weights`, by default those of now, less layers for training alone, to `folder`/best.safetensors, in half precision if asked; reported
+    where it fails, and the run goes on."""
     if self.ranks.rank: return
-    try: save_weights(self.folder / "best.safetensors", self.weights() if weights is None else weights, self.about | metadata, half)
+    weights = {key: value for key, value in (self.weights() if weights is None else weights).items() if not key.startswith("auxiliary.")}
+    try: save_weights(self.folder / "best.safetensors", weights, self.about | metadata, half)
     except UserError as e: warn(f"{e}: the run goes on, and tries again after the next evaluation that is the best")
 
   def wait(self) -> None:

@@ -123,10 +123,10 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
     unused = [k for k in tensors if k.startswith((*model.top, *classifiers.AUXILIARIES))]
     tensors = {f"{body}{k}": v for k, v in tensors.items() if k not in unused}
     notes.append(f"{path.name}: is a classifier; pyramid and heads start anew" + (f", {', '.join(unused)} not used" if unused else ""))
-  else:   # torchvision leaves auxiliary classifiers out of a network that is not to be trained
+  else:   # torchvision and YOLOv9's authors leave auxiliary layers out of a network that is not to be trained
     def aside(keys: Any, others: Any) -> list[str]: return [k for k in keys if k.startswith(classifiers.AUXILIARIES) and k not in others]
-    if extra := aside(tensors, wanted): notes.append(f"{path.name}: {', '.join(extra)} not used")
-    if alone := aside(wanted, tensors): notes.append(f"{path.name}: has no auxiliary classifiers, which start anew")
+    if extra := aside(tensors, wanted): notes.append(f"{path.name}: {some(extra)} not used")
+    if alone := aside(wanted, tensors): notes.append(f"{path.name}: has no auxiliary layers, which start anew")
     tensors = {k: v for k, v in tensors.items() if k not in extra}
   def counts(key: str) -> bool: return key.endswith("num_batches_tracked")   # torch's frozen norms do not have them; they only count
   rows = {k: row for k, row in getattr(model, "class_rows", {}).items() if k in tensors and tensors[k].shape[1:] == wanted[k].shape[1:]}
