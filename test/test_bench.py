@@ -61,6 +61,7 @@ def test_the_table_of_growth_compares_with_its_first_row():
   assert set(growth.SWEEPS) == set(growth.BASE) <= flags
 
 
+@pytest.mark.by_hand
 def test_numbers_of_a_tiny_detector(tmp_path):
   done = bench(tmp_path, *TINY, "--json", "out.json", DEBUG="2")   # tinygrad then prints a line for each kernel that it runs
   assert done.returncode == 0, done.stderr

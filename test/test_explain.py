@@ -200,6 +200,7 @@ def run(monkeypatch, tmp_path):
 def entry_of(detection): return detection["anchor"] * 6 + SET.class_names.index(detection["class"])
 
 
+@pytest.mark.by_hand
 def test_maps_beat_random_ones_and_depend_on_the_weights(run, tmp_path, capsys, monkeypatch):
   """Petsiuk et al. 2018 and Adebayo et al. 2018 on the surest detection of pictures of shapes."""
   monkeypatch.setattr(program, "RANDOM_MAPS", 2)

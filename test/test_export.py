@@ -24,7 +24,8 @@ def run(path, images):
   return dict(zip([output.name for output in found.get_outputs()], found.run(None, {"images": images})))
 
 
-@pytest.mark.parametrize("name", ["yolov8t", "yolo12n", "yolov4-tiny"])
+@pytest.mark.parametrize("name", [pytest.param("yolov8t", marks=pytest.mark.by_hand), pytest.param("yolo12n", marks=pytest.mark.by_hand),
+                                  "yolov4-tiny"])
 def test_every_kind_of_network(name, tmp_path):
   detector = detectors.build(name, 80 if name == "yolov4-tiny" else 3)
   fill(detector.network)
@@ -113,7 +114,7 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
-@pytest.mark.parametrize("name", ["yolov8t", "yolov4-tiny"])
+@pytest.mark.parametrize("name", ["yolov8t", pytest.param("yolov4-tiny", marks=pytest.mark.by_hand)])
 def test_c_of_networks(name, tmp_path):
   detector = detectors.build(name, 80 if name == "yolov4-tiny" else 3)
   fill(detector.network)
@@ -122,6 +123,7 @@ def test_c_of_networks(name, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.c"]
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
 def test_the_program_in_c_finds_what_the_detector_finds(tmp_path):
   detector, _, _ = detectors.open_detector("shapes")

@@ -113,7 +113,7 @@ def shared_memory(pids):
   return {line.split()[5] for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.by_hand)])
 def test_signals(name, code, calm, data, tmp_path):
   run = Run(tmp_path, data, "--save-steps", 100).reach(8)
   workers, compilers = run.children("loader"), run.children("runtime.workers")
@@ -126,6 +126,7 @@ def test_signals(name, code, calm, data, tmp_path):
   resumed_equals(calm, tmp_path, data)
 
 
+@pytest.mark.by_hand
 def test_sigterm_to_all_of_a_job(calm, data, tmp_path):
   run = Run(tmp_path, data, "--save-steps", 100).reach(8)
   everyone = [run.process.pid, *run.children("")]
@@ -136,6 +137,7 @@ def test_sigterm_to_all_of_a_job(calm, data, tmp_path):
   resumed_equals(calm, tmp_path, data)
 
 
+@pytest.mark.by_hand
 def test_usr1_and_a_second_signal(data, tmp_path):
   run = Run(tmp_path, data, "--epochs", 3000, "--eval-every", 3000).reach(7)   # no checkpoint is due
   step = run.lines()[-1]["step"]
@@ -205,6 +207,7 @@ def test_kill_9_while_a_score_is_pending(tmp_path):
     for key, values in one.items(): np.testing.assert_array_equal(values, other[key], err_msg=key)
 
 
+@pytest.mark.by_hand
 def test_a_flipped_bit(calm, data, tmp_path):
   run = Run(tmp_path, data, "--save-steps", 4, "--keep", 3).reach(14)
   run.process.kill()
@@ -217,6 +220,7 @@ def test_a_flipped_bit(calm, data, tmp_path):
   assert f"{newest.name} is not a whole safetensors file: its content does not fit its checksum; the checkpoint before it is used" in output
 
 
+@pytest.mark.by_hand
 def test_a_worker_killed(calm, data, tmp_path):
   run = Run(tmp_path, data).reach(7)
   for pid in run.children("loader"): os.kill(pid, signal.SIGKILL)
@@ -285,6 +289,7 @@ def test_two_runs_in_one_folder(data, tmp_path):
     first.end()
 
 
+@pytest.mark.by_hand
 def test_wandb_dies(calm, data, tmp_path):
   run = Run(tmp_path, data, "--wandb", "offline").reach(3)
   service = run.children("wandb-core")
@@ -295,6 +300,7 @@ def test_wandb_dies(calm, data, tmp_path):
   assert learnt(run) == learnt(calm)
 
 
+@pytest.mark.by_hand
 def test_the_clock_is_set_back(calm, data, tmp_path):
   """time.time runs backwards, an hour a second."""
   (tmp_path / "sitecustomize.py").write_text("import time\nstart, real = time.time(), time.time\n"

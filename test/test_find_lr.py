@@ -113,6 +113,7 @@ def test_the_schedule():
   np.testing.assert_allclose(found, np.geomspace(LOW, HIGH, 100), rtol=2e-5)
 
 
+@pytest.mark.by_hand
 def test_the_trainer_sweeps(tmp_path):
   environ = {key: os.environ[key] for key in ("PATH", "HOME", "CC", "DEV", "NOOPT", "XDG_CACHE_HOME", "CACHEDB") if key in os.environ}
   flags = "--data shapes:1 --weights none --norm batch --size 64 --train-images 16 --bs 8 --workers 0 --find-lr 8 --run-name tiny".split()

@@ -115,7 +115,7 @@ def test_one_seed_gives_one_run_and_a_saved_run_goes_on_exactly(six_steps, tmp_p
   assert_same_state(after.state(), states[6])
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.by_hand)])
 def test_devices_equal_one(count, six_steps):
   """Batch norm included: its statistics are those of the whole batch."""
   logs, states = six_steps

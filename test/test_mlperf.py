@@ -48,6 +48,7 @@ def log(folder, scores, counts=CLOSED, **changes):
   return folder / "mlperf.log"
 
 
+@pytest.mark.by_hand
 def test_a_short_run_of_the_program_passes(tmp_path):
   """The shipped detector, a few steps further, on the shapes that it knows: a run that reaches the target in earnest."""
   flags = ("--preset mlperf --data shapes:1 --size 128 --backbone resnet10_quarter --weights shapes --dtype float32 --bs 8 --train-images 16 "

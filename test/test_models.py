@@ -194,8 +194,8 @@ def test_logits_of_torchvision(name, blank):
   assert_close(fill(resnet.build(name))(normalize(Tensor(golden["images"]))).numpy(), golden["logits"], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18_fpn", pytest.param("resnet50_fpn", marks=pytest.mark.by_hand), "resnet50_fpn_v2",
-                                  pytest.param("resnext50_32x4d_fpn", marks=pytest.mark.by_hand)])
+@pytest.mark.parametrize("name", ["resnet18_fpn", *(pytest.param(name, marks=pytest.mark.by_hand)
+                                                    for name in ("resnet50_fpn", "resnet50_fpn_v2", "resnext50_32x4d_fpn"))])
 def test_detector_of_torchvision(name, blank, tmp_path):
   """Outputs, both losses and gradients, of weights that came from a file. The second image of resnet18's file has no boxes."""
   golden = np.load(GOLDEN / f"retinanet_{name}.npz")

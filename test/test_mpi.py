@@ -143,6 +143,7 @@ def test_four_ranks_equal_one_process_and_go_on_with_what_two_began(alone, stopp
     assert_equal_runs(tmp_path / folder.parent.name, out / "added", state_of(tmp_path / folder.parent.name), states["added"])
 
 
+@pytest.mark.by_hand
 @mpi
 def test_the_detectors_trainer(tmp_path):
   """Losses, weights and the score of two ranks are those of one process."""

@@ -39,6 +39,7 @@ def executed(tmp_path_factory):
   return client.execute(env=kept | {"QUICK": "1", "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}), folder
 
 
+@pytest.mark.by_hand
 def test_it_learns_what_random_weights_would_not(executed):
   notebook, _ = executed
   steps, mAP = last_mAP(notebook)
@@ -47,6 +48,7 @@ def test_it_learns_what_random_weights_would_not(executed):
   assert mAP > 0.15   # seen: 0.253; from random weights, in the same 30 steps, 0.008
 
 
+@pytest.mark.by_hand
 def test_its_cells_agree_with_what_they_say(executed):
   notebook, folder = executed
   text = printed(notebook)
@@ -58,6 +60,7 @@ def test_its_cells_agree_with_what_they_say(executed):
   assert (folder / "runs" / "notebook" / "best.safetensors").is_file()
 
 
+@pytest.mark.by_hand
 def test_the_stored_outputs_are_those_of_a_whole_run_of_these_cells(stored, executed):
   nbformat.validate(stored)
   assert [cell.execution_count for cell in code(stored)] == list(range(1, len(code(stored)) + 1)), "from top to bottom, in one go"

@@ -88,6 +88,7 @@ def test_it_learns_and_its_file_says_what_it_is(family):
   assert about["input"] == {"mean": [0.5] * 3, "std": [0.25] * 3, "letterbox": True, "centred": True, "fill": [9] * 3}
 
 
+@pytest.mark.by_hand
 def test_a_resumed_run_is_the_same_to_the_bit(family, tmp_path):
   run(tmp_path, "--save-steps", "5", "--keep", "9")
   for part in (tmp_path / "toy").glob("checkpoint-[18]*"): part.unlink()   # those of steps 8, 10, 15 and 16: it goes on from 5

@@ -93,6 +93,7 @@ def test_weights_and_checkpoints_say_what_they_are(first):
   np.testing.assert_array_equal(tensors["fc.weight"], then["optimizer.ema.fc.weight"], "the average was evaluated, so it is the one to keep")
 
 
+@pytest.mark.by_hand
 def test_a_run_cut_short_goes_on_to_the_same_bits(first, tmp_path):
   _, folder = first
   shutil.copytree(folder, cut := tmp_path / "cut")

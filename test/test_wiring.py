@@ -180,6 +180,7 @@ def test_strict_refuses_oddities(wired, data, tmp_path):
   finally: file.write_text(kept)
 
 
+@pytest.mark.by_hand
 def test_a_batch_is_divided_among_devices(wired):
   assert {d for d in wired("--gpus", 2).devices} == {("CPU", "CPU:1")} and {d for d in wired().devices} == {"CPU"}
 

@@ -133,7 +133,7 @@ def test_blocks_learn(kind):
   assert slope == pytest.approx((around[0] - around[1]) / 0.01, rel=2e-2, abs=0.05) and abs(slope) > 0.1
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolov3-tiny", "yolov7"])
+@pytest.mark.parametrize("name", ["yolov8n", "yolov3-tiny", pytest.param("yolov7", marks=pytest.mark.by_hand)])
 def test_the_first_values(name):
   """A score near zero wherever nothing was learnt, and boxes that are boxes."""
   detector = detectors.build(name, 6, seed=3)

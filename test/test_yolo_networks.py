@@ -57,10 +57,10 @@ def test_tensors_of_the_official_files(name, blank):
     assert (keys_sha256(network), parameters(network)) == (str(golden["keys_sha256_80"]), int(golden["parameters_80"]))
 
 
-LARGE = ("yolov8m", "yolov3")   # of which a smaller one is tested
+BY_HAND = ("yolov8m", "yolov3", "yolov7", "yolov9t", "yolo11n", "yolo12n")   # large ones, or of blocks that others have too or test_yolo_facts.py has
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.by_hand] if name in LARGE else []) for name in FILES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.by_hand] if name in BY_HAND else []) for name in FILES])
 def test_outputs_of_the_official_programs(name):
   golden, detector = with_golden_values(name)
   if name in FOLDED: detector.fold()

@@ -10,6 +10,7 @@ def change_tinygrad() -> None:
   """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
   _when_imported("tinygrad.helpers", _helpers)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
+  _when_imported("tinygrad.tensor", _hazards)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
 
 
@@ -21,6 +22,11 @@ def _helpers(module: ModuleType) -> None:
 def _clang(module: ModuleType) -> None:
   from tinydet.runtime import clang
   clang.use_in(module)
+
+
+def _hazards(module: ModuleType) -> None:
+  from tinydet.runtime import hazards
+  hazards.use()
 
 
 def _workers(module: ModuleType) -> None:
