@@ -165,6 +165,22 @@ def test_what_holds_of_every_assigner(picture):
         assert index[b, n] == np.where(fits, area[b], np.inf).argmin()
 
 
+@pytest.mark.parametrize(("n", "k"), [(700, 10), (2100, 13), (641, 7), (320, 3)])
+def test_the_largest_of_many(n, k):
+  """By blocks: against numpy's stable sort, many values being equal, some rows almost all of them, and the largest all in one block or at the end."""
+  rng = np.random.default_rng(n)
+  values = rng.integers(-3, 40, (5, n)).astype(np.float32) / 7
+  values[1] = -1
+  values[1, -3:] = 2
+  values[2, 20:20 + k] = 50 + rng.random(k)
+  values[3] = rng.standard_normal(n)
+  values[4] = np.arange(n)
+  counts = rng.integers(1, k + 1, (5, 1)).astype(np.int32)
+  order = np.argsort(-values, axis=1, kind="stable")
+  for found, wanted in ((assigners.largest(Tensor(values), k), [k] * 5), (assigners.largest(Tensor(values), k, Tensor(counts)), counts[:, 0])):
+    for row, places, count in zip(found.numpy(), order, wanted, strict=True): assert set(np.flatnonzero(row)) == set(places[:count])
+
+
 def test_the_largest_among_equals_are_the_first():
   values = np.float32([[0, 3, 3, -1, 3, 2], [-5, -5, -5, -5, -7, -5], [np.inf, -np.inf, 0, -0.0, 1e-40, 1]])
   expected = [[1, 2, 4], [0, 1, 2], [0, 4, 5]]

@@ -146,6 +146,7 @@ def test_the_program_in_c_finds_what_the_detector_finds(tmp_path):
   assert refused.returncode == 2 and "128x128" in refused.stderr
 
 
+@pytest.mark.by_hand
 def test_c_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
   detector, _, _ = detectors.open_detector("shapes")
   image = Shapes("val", 1, size=128, count=1)[0].image

@@ -231,6 +231,7 @@ def test_a_worker_killed(calm, data, tmp_path):
   resumed_equals(calm, tmp_path, data)
 
 
+@pytest.mark.by_hand
 def test_the_data_goes_away(calm, data, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(data, copy)
@@ -243,6 +244,7 @@ def test_the_data_goes_away(calm, data, tmp_path):
   resumed_equals(calm, tmp_path, copy)
 
 
+@pytest.mark.by_hand
 def test_a_full_disk(calm, data, tmp_path):
   """No file may grow beyond 200 kB: checkpoints and weights fail, the log goes on."""
   def limits(): resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

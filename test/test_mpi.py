@@ -99,6 +99,7 @@ def conv_outputs(pictures):
   return np.einsum("nchwij,ocij->nohw", windows, model.conv.weight.numpy().astype(np.float64))
 
 
+@pytest.mark.by_hand
 @mpi
 def test_two_ranks_equal_one_process(alone, tmp_path):
   out, states = alone

@@ -11,7 +11,7 @@ if place != "-":
   module = importlib.import_module(module_name)
   class Without(types.ModuleType):   # for ours; not for tinygrad itself, nor for pickle, which calls from the files named below
     def __getattribute__(self, attribute):
-      asking = sys._getframe(1).f_globals["__name__"]
+      asking = sys._getframe(1).f_globals.get("__name__", "")
       if attribute == name.split('.')[0] and asking.startswith("tinydet") and not asking.endswith(("workers", "graph_file")):
         raise AttributeError(f"no {attribute}")
       return getattr(module, attribute)
@@ -55,6 +55,7 @@ REALIZE = "capturing to_program_cache to_program_key _get_call_to_compile _compi
 PLACES = [*(f"tinygrad.helpers:{name}" for name in HELPERS), *(f"tinygrad.engine.realize:{name}" for name in REALIZE),
           *(f"tinygrad.engine.jit:{name}" for name in ("jit_lower", "graph_split_rewrite", "GraphRunner")), "tinygrad.engine.worker:get_worker_pool",
           "tinygrad.tensor:create_linear_with_vars", "tinygrad.tensor:all_tensors",
+          "tinygrad.schedule.rangeify:fix_store_hazard", "tinygrad.schedule.indexing:pm_generate_realize_map",
           "tinygrad.schedule.memory:UOp", *(f"tinygrad.uop.ops:{name}" for name in ("Ops", "CallInfo", "KernelInfo", "ProgramInfo")),
           "tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:AddrSpace", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
           "tinygrad.runtime.ops_cpu:CPUProgram", "tinygrad.device:MultiBuffer"]

@@ -64,6 +64,7 @@ def test_detect_finds_what_the_official_program_finds(files, tmp_path, name, fil
     assert len(expected) and matched(found, expected) >= 0.99
 
 
+@pytest.mark.by_hand
 def test_evaluate_and_explain_take_them(files, tmp_path, capsys):
   """Scores on truth that was made of the network's own best detections, by classes that it knows under other numbers."""
   picture = files / "yolov8n-pictures" / "0.png"

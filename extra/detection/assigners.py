@@ -2,11 +2,13 @@
 
 All take boxes f32 [B,M,4] xyxy pixels and labels i32 [B,M], -1 where a box is padding, and give `Assigned`. M x N pairs of box and cell are held as
 f32 [B,M,N], three or four such arrays at a time. Among equals the first cell and the first box win, everywhere."""
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from tinygrad import Tensor, dtypes
 from tinydet.detection.boxes import area, iou, similarity
 
+MANY = 64         # times as many values as are looked for: worth blocks
 CANDIDATES = 10   # predictions whose IoU with a box, added up, is how many learn it (SimOTA)
 
 
@@ -157,16 +159,30 @@ def targets(assigned: Assigned, boxes: Tensor, labels: Tensor, num_classes: int)
 def largest(values: Tensor, k: int, count: Tensor | None = None) -> Tensor:
   """bool [...,n]: the `k` largest of `values` f32 [...,n], the earlier among equals; with `count` i32 [...,1], 1 to `k`, only so many.
 
-  In `k` rounds of a maximum over integers that hold value and place: a kernel each, where a sort takes hundreds."""
+  In `k` rounds of a maximum over integers that hold value and place: a kernel each, where a sort takes hundreds. Of many values only the `k` blocks are
+  gone through whose own maxima are the largest, which have all that is looked for."""
   n = values.shape[-1]
   bits = values.bitcast(dtypes.int32)
   ordered = (bits < 0).where(-(bits & 0x7fffffff), bits).bitcast(dtypes.uint32).bitwise_xor(1 << 31)
   keys = ordered.cast(dtypes.uint64) * (1 << 32) + (n - Tensor.arange(n)).cast(dtypes.uint64)
-  bound = kept = None
-  for i in range(min(k, n)):
-    bound = (keys if bound is None else (keys < bound).where(keys, 0)).max(-1, keepdim=True).contiguous()
-    kept = bound if kept is None or count is None else (count > i).where(bound, kept).contiguous()
+  few = keys
+  if k > 2 and n >= MANY * k:
+    side = math.isqrt(n // k)   # of a block: as many blocks as values in `k` of them
+    blocks = -(-n // side)
+    parts = keys.pad((*[None] * (keys.ndim - 1), (0, blocks * side - n))).reshape(*keys.shape[:-1], blocks, side)
+    best = _falling(parts.max(-1).contiguous(), k)
+    block = (n - best[0].cat(*best[1:], dim=-1).bitwise_and(0xffffffff).cast(dtypes.int32)) // side   # a key's lower half tells its place
+    few = parts.gather(-2, block.contiguous().unsqueeze(-1).expand(*block.shape, side)).reshape(*block.shape[:-1], k * side).contiguous()
+  kept, *lower = _falling(few, min(k, n))
+  for i, bound in enumerate(lower, 1): kept = bound if count is None else (count > i).where(bound, kept).contiguous()
   return keys >= kept
+
+
+def _falling(keys: Tensor, k: int) -> list[Tensor]:
+  """The `k` largest of unlike integers [...,n], the largest first, [...,1] each."""
+  bounds: list[Tensor] = []
+  for _ in range(k): bounds.append((keys if not bounds else (keys < bounds[-1]).where(keys, 0)).max(-1, keepdim=True).contiguous())
+  return bounds
 
 
 def owner(wanted: Tensor, preference: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ def similarity(a: Tensor, b: Tensor, kind: str = "iou", eps: float = 1e-7) -> Te
   if kind == "siou": return overlap - _siou_costs(dx, dy, hull_w, hull_h, (aw + eps, ah), (bw + eps, bh)) * 0.5
   apart = overlap - (dx * dx + dy * dy) / (hull_w * hull_w + hull_h * hull_h + eps)
   if kind == "diou": return apart
-  shape = 4 / math.pi ** 2 * (_arctan(bw / bh) - _arctan(aw / ah)).square()
+  slopes = [_arctan(w / h) for w, h in ((bw, bh), (aw, ah))]
+  if a.shape != b.shape: slopes = [slope.contiguous() for slope in slopes]   # of each box once, not of each pair
+  shape = 4 / math.pi ** 2 * (slopes[0] - slopes[1]).square()
   return apart - (shape / (shape - overlap + (1 + eps))).detach() * shape
 
 
