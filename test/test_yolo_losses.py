@@ -3,7 +3,7 @@ import numpy as np, pytest
 from tinygrad import Context, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.detection.boxes import SIMILARITIES, similarity
-from tinydet.detection.yolo_losses import Recipe, binary_cross_entropy, distribution_focal, side_losses, varifocal
+from tinydet.detection.yolo_losses import Recipe, binary_cross_entropy, distribution_focal, side_losses, summed_cross_entropy, varifocal
 from tinydet.detectors import yolo as detectors
 from yolo_golden import GOLDEN, fill
 
@@ -95,6 +95,19 @@ def test_cross_entropy_varifocal_and_distributions():
   left, right = (np.take_along_axis(log_p, low + i, 2)[:, :, 0] for i in (0, 1))
   expected = -(left * (low[:, :, 0] + 1 - sides) + right * (sides - low[:, :, 0])).mean(1)
   np.testing.assert_allclose(distribution_focal(Tensor(logits.astype(np.float32)), Tensor(sides.astype(np.float32))).numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 230])
+def test_the_sum_of_cross_entropies(classes):
+  """In float64, of logits near zero, where products are largest, and of wild ones; and its gradient."""
+  rng = np.random.default_rng(classes)
+  x = rng.standard_normal((2, classes, 9)).astype(np.float32) * np.float32([1e-4, 1, 80])[rng.integers(0, 3, (2, classes, 9))]
+  y = rng.random(x.shape).astype(np.float32) * (rng.random(x.shape) < 0.3)
+  logits, wide = Tensor(x), x.astype(np.float64)
+  found = summed_cross_entropy(logits, Tensor(y))
+  assert found.item() == pytest.approx((np.maximum(wide, 0) - wide * y + np.log1p(np.exp(-abs(wide)))).sum(), rel=1e-6)
+  gradient, = found.gradient(logits)
+  np.testing.assert_allclose(gradient.numpy(), 1 / (1 + np.exp(-wide)) - y, atol=1e-6)
 
 
 def test_pictures_without_boxes_teach_only_that_nothing_is_there():

@@ -159,8 +159,8 @@ def targets(assigned: Assigned, boxes: Tensor, labels: Tensor, num_classes: int)
 def largest(values: Tensor, k: int, count: Tensor | None = None) -> Tensor:
   """bool [...,n]: the `k` largest of `values` f32 [...,n], the earlier among equals; with `count` i32 [...,1], 1 to `k`, only so many.
 
-  In `k` rounds of a maximum over integers that hold value and place: a kernel each, where a sort takes hundreds. Of many values only the `k` blocks are
-  gone through whose own maxima are the largest, which have all that is looked for."""
+  In `k` rounds of a maximum over integers that hold value and place: a kernel each, where a sort takes hundreds. Of many values only the `k` blocks
+  are gone through whose own maxima are the largest, which have all that is looked for."""
   n = values.shape[-1]
   bits = values.bitcast(dtypes.int32)
   ordered = (bits < 0).where(-(bits & 0x7fffffff), bits).bitcast(dtypes.uint32).bitwise_xor(1 << 31)
