@@ -116,7 +116,7 @@ def noticed(folder: Path, tests: str) -> bool:
   """Whether any of `tests` fails; an error where they cannot be run."""
   environ = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
   files = [f"test/{name}" for name in tests.split()]
-  done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files], cwd=folder, env=environ,
+  done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *files], cwd=folder, env=environ,
                         capture_output=True, text=True, check=False, timeout=900)
   if done.returncode not in (0, 1): sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
   return done.returncode == 1
