@@ -234,6 +234,14 @@ def csv_columns(d: Path) -> None:
                            *([f"p{i}.png", WIDTH, HEIGHT, *box] for i in range(COUNT) for box in boxes_of(i))])
 
 
+def csv_roboflow(d: Path) -> None:
+  """A file beside the pictures of each part, where pictures of two parts have one name."""
+  for part, numbers in (("train", TRAIN), ("valid", VAL)):
+    save(d / part, numbers, "p{}.png")
+    table(d / part / "_annotations.csv", [["filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax"],
+                                          *([f"p{i}.png", WIDTH, HEIGHT, *box] for i in numbers for box in boxes_of(i))])
+
+
 YAML = "train: ../{}\nval: ../{}\nnc: 2\nnames: ['cat', 'dog']\n"
 # layout -> what writes it, the name of the layout, whether it has splits
 WRITTEN = {
@@ -256,7 +264,7 @@ WRITTEN = {
   "label studio min": (label_studio_min, "Label Studio", False),
   "via project": (via(True), "VIA", False), "via export": (via(False, as_dict=True), "VIA", False), "via csv": (via_csv, "CSV of VIA", False),
   "keras-retinanet": (keras_retinanet, "CSV of keras-retinanet", True), "open images": (open_images, "CSV of Open Images", True),
-  "csv with columns": (csv_columns, "CSV", False)}
+  "csv with columns": (csv_columns, "CSV", False), "csv roboflow": (csv_roboflow, "CSV", True)}
 
 
 def read_back(dataset) -> dict[int, list]:
@@ -317,6 +325,15 @@ def test_what_is_recognised_is_said_and_what_is_not_names_all_layouts(tmp_path):
   assert any("is also laid out as CSV" in line for line in open_dataset(tmp_path / "two", "train").warnings)
   for part in "ab": WRITTEN["coco beside"][0](tmp_path / "several" / part)
   with pytest.raises(UserError, match="has several data sets, a and b"): open_dataset(tmp_path / "several", "train")
+
+
+def test_pictures_of_one_name_are_those_beside_their_file(tmp_path):
+  csv_roboflow(tmp_path)
+  picture(6).save(tmp_path / "train" / "p6.png")
+  picture(0).save(tmp_path / "valid" / "p0.png")
+  train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
+  assert [image["file_name"] for image in train.ground_truth()["images"]] == [f"train/p{i}.png" for i in TRAIN]
+  assert [image["file_name"] for image in val.ground_truth()["images"]] == [f"valid/p{i}.png" for i in VAL if list(boxes_of(i))]
 
 
 # ---- lines of YOLO that are not as they should be: (line, what is said, whether it is an error)

@@ -166,7 +166,8 @@ def _tables(place: Place) -> Found | None:
     by_name = {"" if split == "all" else split: several[0] for split, several in chosen.items()}
     listing = tables.read_tables(by_name, _pictures_folder(place), place.roots, problems)
     return Listed((place.file or place.folder.resolve()).stem, listing, problems)
-  return Found("CSV" if kind == "columns" else f"CSV of {kind}", ", ".join(fs[0].name for fs in chosen.values()), {"all": open_it})
+  where = ", ".join(str(several[0].relative_to(place.folder)) for several in chosen.values())
+  return Found("CSV" if kind == "columns" else f"CSV of {kind}", where, {"all": open_it})
 
 
 def _pictures_folder(place: Place) -> Path:

@@ -57,8 +57,11 @@ def read_tables(files: dict[str, Path], folder: Path, roots: list[Path], problem
     columns = {name: i for i, name in enumerate(("picture", *CORNERS, "class"))} if kind == "keras-retinanet" else _columns(next(rows))
     names = _class_names(file)
     order = order or (list(names.values()) if kind == "keras-retinanet" else [])
+    # pictures beside a file in a folder of its own, as Roboflow's are, belong to it whatever the others are called
+    own = file.parent.relative_to(folder).as_posix() if file.parent != folder and file.parent.is_relative_to(folder) else ""
+    beside = {name: f"{own}/{name}" for name in os.listdir(file.parent)} if own else {}
     for number, row in enumerate(rows, 1 if kind == "keras-retinanet" else 2):
-      _take_row(entries, row, columns, split, file.name, number, names if kind == "Open Images" else {}, problems)
+      _take_row(entries, row, columns, split, file.name, number, names if kind == "Open Images" else {}, beside, problems)
   if not entries: raise UserError(f"{next(iter(files.values()))}: has no row with a picture")
   corners = [box[1] for entry in entries.values() for box in entry.boxes]
   fractions = bool(corners) and all(0 <= c <= 1 for box in corners for c in box) and any(c % 1 for box in corners for c in box)
@@ -66,13 +69,13 @@ def read_tables(files: dict[str, Path], folder: Path, roots: list[Path], problem
 
 
 def _take_row(entries: dict[tuple[str, str], Entry], row: list[str], columns: dict[str, int], split: str, file: str, number: int,
-              names: dict[str, str], problems: Problems) -> None:
+              names: dict[str, str], beside: dict[str, str], problems: Problems) -> None:
   where = f"{file} line {number}"
   def cell(key: str) -> str: return row[columns[key]].strip() if columns.get(key, len(row)) < len(row) else ""
   if not any(map(str.strip, row)): return
   if not (picture := cell("picture")): return problems.error("rows without a picture", [where])
   if not os.path.splitext(picture)[1]: picture += ".jpg"   # Open Images names them by their ids
-  split = SPLIT_WORDS.get(cell("split").lower(), split)
+  picture, split = beside.get(picture, picture), SPLIT_WORDS.get(cell("split").lower(), split)
   size = None
   if all(map(_is_number, (cell("width"), cell("height")))): size = int(float(cell("height"))), int(float(cell("width")))
   if size is not None and min(size) < 1: return problems.error("rows whose width and height are no size", [where])
