@@ -1,5 +1,5 @@
 """What a run decides by itself: starting weights, warm-up, and what fits a time."""
-import time
+import math, time
 from types import SimpleNamespace
 import numpy as np, pytest
 from tinydet import detectors
@@ -85,9 +85,11 @@ def test_a_plan_fills_its_time(monkeypatch, capsys, minutes, wanted, fewest):
   monkeypatch.setattr(plan, "step_seconds", lambda config, run, detector, size, batch: (batch * size[0] * size[1] * 1e-6, 1.0, 0))
   settings = config(budget=minutes * 60)
   plan.fit_budget(settings, run(), SimpleNamespace(name="net"), (Pictures(300), Pictures(100)))
-  planned = settings.epochs * settings.size[0] * settings.size[1] * 1e-6 * (300 + 50)
+  evaluations = math.ceil(settings.epochs / settings.eval_every)
+  planned = settings.epochs * settings.size[0] * settings.size[1] * 1e-6 * (300 + 50) + evaluations * plan.EACH_EVALUATION
   assert settings.size == wanted and fewest <= settings.epochs <= 100 and planned < minutes * 60
   assert settings.epochs == 100 or planned > 0.75 * minutes * 60
+  assert 1 <= evaluations <= 25 and evaluations * plan.EACH_EVALUATION < 0.25 * minutes * 60, "most of the time is for training"
   assert capsys.readouterr().out.startswith(f"plan for {minutes}m: net at {wanted[0]}x{wanted[1]} for {settings.epochs} epochs")
   settings = SimpleNamespace(**vars(config(budget=minutes * 60)) | {"size": (96, 96), "epochs": 3, "sources": {"size": "--size", "epochs": "EPOCHS"}})
   plan.fit_budget(settings, run(), SimpleNamespace(name="net"), (Pictures(300), Pictures(100)))

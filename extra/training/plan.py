@@ -25,6 +25,8 @@ MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a la
 SPARE = 0.85                # of the time: the rest is for pictures, checkpoints and the report
 COMPILING = 2               # times what compiling the measured passes takes: the update and the evaluation compile too
 EVALUATION = 0.5            # of a training step's time, for a picture that is only looked at
+EACH_EVALUATION = 3.0       # seconds of an evaluation beside that: suppression, score, pictures, report
+EVALUATING, EVALUATIONS = 0.2, 25   # share of the time that evaluations may take, and most of them
 MOST_BATCH, FEWEST = 64, 8   # pictures a step that `--bs auto` ends at, and steps an epoch that it leaves at least
 GAIN = 0.95                 # of the time a picture took: what twice the batch has to come under
 MISSING = 0.1               # share of boxes that anchors may miss before others are fitted
@@ -153,18 +155,20 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
   left = max(config.budget - spent - COMPILING * compiling, (config.budget - spent) / 3) * SPARE   # a busy machine compiles slowly just now
   def epoch_seconds(size: tuple[int, int]) -> float:
     return per_pixel * math.prod(size) / run.ranks.size * (len(train_set) + EVALUATION * len(val_set) / config.eval_every)
-  def epochs(size: tuple[int, int]) -> int: return int(left / epoch_seconds(size))
+  evaluations = max(1, min(EVALUATIONS, int(left * EVALUATING / EACH_EVALUATION)))
+  training = max(left - evaluations * EACH_EVALUATION, left / 2)
+  def epochs(size: tuple[int, int]) -> int: return int(training / epoch_seconds(size))
   size = next((size for size in sizes if epochs(size) >= ENOUGH), sizes[-1])
   if epochs(size) < 1:
     raise UserError(f"--budget {show_seconds(config.budget)}: an epoch of {len(train_set):,} pictures at {size[0]}x{size[1]} takes "
                     f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
   set_free(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))}, "--budget")
-  set_free(config, {"eval_every": max(1, config.epochs // 25), "close_mosaic": min(config.close_mosaic, config.epochs // 6)}, "--budget")
+  set_free(config, {"eval_every": max(1, math.ceil(config.epochs / evaluations)), "close_mosaic": min(config.close_mosaic, config.epochs // 6)}, "--budget")
   each = epoch_seconds(size)
   print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
         f"{round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
         f"{step:.3g} s a step of {config.bs} at {probe[0]}x{probe[1]}, measured; done in some "
-        f"{max(1, round((config.epochs * each + COMPILING * compiling + time.monotonic() - run.started) / 60))} min")
+        f"{max(1, round((config.epochs * each + evaluations * EACH_EVALUATION + COMPILING * compiling + time.monotonic() - run.started) / 60))} min")
 
 
 def step_seconds(config: Any, run: Run, detector: Detector, size: tuple[int, int], batch: int) -> tuple[float, float, int]:
