@@ -163,7 +163,8 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
     raise UserError(f"--budget {show_seconds(config.budget)}: an epoch of {len(train_set):,} pictures at {size[0]}x{size[1]} takes "
                     f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
   set_free(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))}, "--budget")
-  set_free(config, {"eval_every": max(1, math.ceil(config.epochs / evaluations)), "close_mosaic": min(config.close_mosaic, config.epochs // 6)}, "--budget")
+  set_free(config, {"eval_every": max(1, math.ceil(config.epochs / evaluations)), "close_mosaic": min(config.close_mosaic, config.epochs // 6)},
+           "--budget")
   each = epoch_seconds(size)
   print(f"plan for {show_seconds(config.budget)}: {detector.name} at {config.size[0]}x{config.size[1]} for {config.epochs} epochs of "
         f"{round(each) if each >= 10 else round(each, 1)} s, evaluated every {config.eval_every}; "
