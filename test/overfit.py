@@ -1,6 +1,6 @@
 """What each network makes of eight pictures that it is shown again and again: a detector that learns knows them by heart. By hand, not in CI:
 
-  python test/overfit.py path/to/coco yolov8n yolov6n ...        # or retinanet:mobilenet_v2, fcos:resnet18, retinanet:resnet18:atss
+  python test/overfit.py path/to/coco yolov8n yolov4-tiny@5e-4 ...   # or retinanet:mobilenet_v2, fcos:resnet18, retinanet:resnet18:atss; @ a rate
 
 The folder is in COCO's layout; of the pictures whose boxes all have sides of 30 pixels at least, those with most boxes are taken. A line for each
 network: mAP, AP50, epochs (of one step), seconds with compiling."""
@@ -36,9 +36,11 @@ def eight(folder: Path, out: Path) -> None:
 def learn(name: str, data: Path, out: Path) -> str:
   """Train one network and say what came of it."""
   begun = time.monotonic()
+  name, _, rate = name.partition("@")
   family, _, rest = name.partition(":")
   backbone, _, assigner = rest.partition(":")
   own = ["--backbone", backbone, *PYRAMID, *(["--assigner", assigner] if assigner else [])] if backbone else ["--model", name, *YOLO]
+  own += ["--lr", rate] if rate else []   # of a repeated flag the last one counts
   program = ROOT / "examples" / f"train_{family if backbone else 'yolo'}.py"
   done = subprocess.run([sys.executable, program, "--data", data, *COMMON, *own, "--out", out, "--run-name", name.replace(":", "-")],
                         capture_output=True, text=True, check=False)

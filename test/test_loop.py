@@ -136,6 +136,25 @@ def test_accumulated_halves_equal_the_whole():
   for key, value in whole.state().items(): np.testing.assert_allclose(halves.state()[key], value, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("form", ["in C", "plain", "accumulated"])
+def test_what_the_loss_does_not_depend_on_stays(kind, form, monkeypatch):
+  """As torch leaves a parameter that has no gradient: no decay, no moments; the others learn."""
+  if form == "plain": monkeypatch.setattr("tinydet.training.optim.fits", lambda *tensors: False)
+  rng = np.random.default_rng(0)
+  values = {name: rng.standard_normal((6, 4)).astype(np.float32) for name in ("used", "idle", "other")}
+  params = {name: Tensor(value.copy()).contiguous().realize().is_param_() for name, value in values.items()}
+  count = 2 if form == "accumulated" else 1
+  optimizer = Optimizer(params, kind, schedule("constant", 0.1, 9), weight_decay=0.3, ema_decay=0.9, accumulate=count)
+  step = make_step(lambda x: {"loss": (x @ params["used"] * params["other"].sum()).square().mean()}, optimizer, [], count)
+  for _ in range(3 * count): log = step(Tensor(rng.standard_normal((5, 6)).astype(np.float32)).realize())()
+  assert math.isfinite(log["gradient_norm"]) and log["gradient_norm"] > 0 and optimizer.idle == {"idle"}
+  np.testing.assert_array_equal(params["idle"].numpy(), values["idle"])
+  np.testing.assert_array_equal(optimizer.ema["idle"].numpy(), values["idle"])
+  assert not optimizer.first["idle"].numpy().any()
+  assert all((params[name].numpy() != values[name]).all() for name in ("used", "other"))
+
+
 def test_an_update_that_is_not_finite_changes_nothing():
   """Weights, statistics, moments, average and count stay as they were; the next step is the one that would have been."""
   run, clean = Run(poison=lambda images: (images.max() > 90).where(math.nan, 0.0)), Run()

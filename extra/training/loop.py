@@ -51,7 +51,9 @@ class _Parts:
 
   def gradient(self, loss: Tensor) -> list[Tensor]:
     scale = self.optimizer.loss_scale
-    return (loss if scale is None else loss * scale[:1].reshape(())).gradient(*self.params)
+    gradients = (loss if scale is None else loss * scale[:1].reshape(())).gradient(*self.params)
+    self.optimizer.idle = {name for name, g in zip(self.optimizer.params, gradients) if g.uop.base.op.name == "CONST"}
+    return gradients
 
   def poisoned(self, loss: Tensor) -> list[Tensor]:
     """The gradient, NaN where the loss is not finite, which need not show in its gradient."""

@@ -69,6 +69,7 @@ class Optimizer:
     self.ema = {name: p.clone() for name, p in params.items()} if ema_decay else {}
     self.sums = {name: _zeros(p.shape) for name, p in params.items()} if accumulate > 1 else {}
     self.slowed = Tensor(np.ones(1, np.float32)) if slows else None   # a tensor, as captured graphs read it
+    self.idle: set[str] = set()   # names of parameters that the loss does not depend on
     # the factor, and how many finite updates it has seen
     self.loss_scale = None if loss_scale is None else Tensor(np.array([loss_scale, 0], np.float32))
 
@@ -81,9 +82,10 @@ class Optimizer:
 
   def update(self, gradients: list[Tensor], loss: Tensor | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Assign the next values, given the gradients of `params` in order (of the loss times `loss_scale`, where there is one), and the loss, a scalar,
-    unless a loss that is not finite shows in the gradients. Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`, `skipped` (1
-    where nothing was changed) and `loss_scale`."""
-    norm = total_norm(gradients)
+    unless a loss that is not finite shows in the gradients. Those of `idle` stay as they are, without decay, as torch leaves what has no gradient.
+    Returns the tensors to realise, and scalars to log: `lr`, `gradient_norm`, `skipped` (1 where nothing was changed) and `loss_scale`."""
+    taught = {name: g for name, g in zip(self.params, gradients, strict=True) if name not in self.idle}
+    norm = total_norm(list(taught.values()))
     if self.gain != 1: norm = norm * self.gain
     if self.loss_scale is not None: norm = norm / self.loss_scale[:1]
     lr = self._slowed(self.rate(self.steps))
@@ -105,9 +107,10 @@ class Optimizer:
     bias_lr = None if self.bias_rate is None else self._slowed(self.bias_rate(self.steps)).contiguous()
     lr_adam, root = (lr / correction1).contiguous(), correction2.sqrt().contiguous()
     average = self.ema_decay * (1 - (t / -self.ema_tau).exp()) if self.ema_tau else (t / (t + 9)).minimum(self.ema_decay)
-    if fits(*self.params.values(), self.steps): self._update_in_c(gradients, (factor, lr, bias_lr, momentum, lr_adam, root, average, ok))
+    if fits(*self.params.values(), self.steps): self._update_in_c(taught, (factor, lr, bias_lr, momentum, lr_adam, root, average, ok))
     else:
-      for (name, p), g in zip(self.params.items(), gradients):
+      for name, g in taught.items():
+        p = self.params[name]
         if factor is not None: g = g * factor
         first, decay, g = self.first[name], self.decay[name], g.cast(dtypes.float32)
         if decay and self.kind != "adamw": g = g + decay * p
@@ -126,7 +129,7 @@ class Optimizer:
     keep(self.steps, t)
     return [*self.params.values(), *self.state().values()], logs
 
-  def _update_in_c(self, gradients: list[Tensor], now: tuple) -> None:
+  def _update_in_c(self, gradients: dict[str, Tensor], now: tuple) -> None:
     """The same on a processor; `now` are factor, rate, that of biases, momentum, Adam's rate and root, the average's decay, and whether to change."""
     lr = now[1]
     numbers = [lr.ones_like() if v is None and i == 0 else lr if v is None else v if isinstance(v, Tensor) else lr.full_like(v)
@@ -134,7 +137,7 @@ class Optimizer:
     row = numbers[0].cat(*numbers[1:]).cast(dtypes.float32).contiguous()
     kept = [group for group in (self.params, self.first, self.second, self.ema) if group]
     entries = [update_cpu.Entry(tuple(group[name] for group in kept), g.cast(dtypes.float32).contiguous(), self.decay[name], name.endswith("bias"))
-               for name, g in zip(self.params, gradients)]
+               for name, g in gradients.items()]
     update_cpu.update(entries, row, {
       "ADAM": int(self.kind != "sgd"), "DECOUPLED": int(self.kind == "adamw"), "NESTEROV": int(self.nesterov), "EMA": int(bool(self.ema)),
       "EPSILON": f"{self.eps!r}f", **{f"BETA{i}": f"{beta!r}f" for i, beta in enumerate(self.betas, 1)},
