@@ -3,7 +3,7 @@ with --train a training step; and the first detection of a second process. Any o
 
 Each contender has a process of its own and waits while the others run. All compute from the same drawn weights and pictures, norms folded unless they
 train; before anything is timed their numbers are compared. Needs pip install -e '.[onnx,torch]'."""
-import json, multiprocessing, os, platform, statistics, subprocess, sys, tempfile, time
+import json, multiprocessing, os, platform, re, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,6 +27,7 @@ from tinydet.weights import checkpoint
 
 IN_TORCH, CLASSES = "yolov8n", 80   # the network that `yolo_in_torch.py` has
 LR, WEIGHT_DECAY, CLIP_NORM, EMA = 1e-3, 5e-4, 10.0, 0.9999   # of a training step
+LAST_LAYERS = {r"cv3\.\d\.2\.": 0.25, r"cls_logits\.": 2e-5, r"bbox_reg\.": 4e-6}   # what makes logits of about 1 of what the drawn weights give
 FOUND, NMS, MOST = 100, 0.5, 300   # pairs of cell and class above the score threshold, with --detect; IoU; boxes kept
 PAUSE = 0.3   # seconds between turns: threads of torch spin for a while after their work
 
@@ -55,11 +56,12 @@ class Task(NamedTuple):
   threshold: float = 0.0   # of scores
 
 
-def network(name: str, folded: bool = True) -> Detector:
-  """The detector with drawn weights, the same in every process."""
+def network(name: str, folded: bool = True, detect: bool = False) -> Detector:
+  """The detector with drawn weights, the same in every process; to `detect`, last layers whose scores are not all 1."""
   detector, rng = detectors.build(name, CLASSES), np.random.default_rng(0)
   for key, tensor in sorted(get_state_dict(detector.network).items()):
-    if "dfl" not in key and "num_batches" not in key: set_values(tensor, drawn(key, tensor.shape, rng))
+    by = next((by for last, by in LAST_LAYERS.items() if detect and re.search(last, key)), 1.0)
+    if "dfl" not in key and "num_batches" not in key: set_values(tensor, drawn(key, tensor.shape, rng) * np.float32(by))
   if folded: detector.fold()
   return detector
 
@@ -75,7 +77,8 @@ def drawn(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndar
 
 def ours(task: Task) -> Callable[..., list[np.ndarray]]:
   if task.kind == "train": return our_step(task)
-  detector, detect = network(task.network), task.kind == "detect"
+  detect = task.kind == "detect"
+  detector = network(task.network, detect=detect)
   def outputs(x: Any) -> tuple[Any, ...]:
     return tuple(t.contiguous() for t in detector.head(detector.features(detector.prepare(x) if detect else x)))
   run = jit(outputs)
@@ -109,7 +112,7 @@ def torch(task: Task) -> Callable[..., list[np.ndarray]]:
   from torch.nn import functional as F
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   if task.kind == "train": return torch_step(task)
-  w = {key: torch.from_numpy(t.numpy()) for key, t in get_state_dict(network(task.network).network).items()}
+  w = {key: torch.from_numpy(t.numpy()) for key, t in get_state_dict(network(task.network, detect=task.kind == "detect").network).items()}
   def conv(x: torch.Tensor, key: str, stride: int = 1) -> torch.Tensor:
     weight = w[f"{key}.conv.weight"]
     return F.silu(F.conv2d(x, weight, w[f"{key}.conv.bias"], stride, weight.shape[-1] // 2), inplace=True)
@@ -261,7 +264,7 @@ def main(config: Config) -> None:
   config.against = against
   print(f"{processor()}, {len(os.sched_getaffinity(0))} of its cores, load {os.getloadavg()[0]:.1f}")
   with tempfile.TemporaryDirectory(prefix="bench-") as name:
-    task, detector, canvas = Task(kind, config.network, Path(name), config.boxes), network(config.network), (config.size,) * 2
+    task, detector, canvas = Task(kind, config.network, Path(name), config.boxes), network(config.network, detect=config.detect), (config.size,) * 2
     detector.fit(canvas)   # says so where the network cannot have that size
     if kind == "detect": task = task._replace(threshold=threshold(detector, inputs(task, 1, config.size)))
     if "onnxruntime" in against:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COMMON = ["--size", "224", "--bs", "8", "--weights", "none", "--overfit", "--train-images", "8", "--eval-every", "25", "--warmup", "10",
-          "--flip", "0", "--ema", "0", "--workers", "0", "--wandb", "disabled", "--target", "0.8", "--stop-at-target", "--pictures", "0"]
+          "--flip", "0", "--ema", "0", "--workers", "0", "--wandb", "disabled", "--target", "0.9", "--stop-at-target", "--pictures", "0"]
 YOLO = ["--epochs", "300", "--schedule", "constant", "--lr", "2e-3", "--mosaic", "0", "--zoom", "0", "--shift", "0", "--no-hsv"]
 PYRAMID = ["--epochs", "300", "--schedule", "constant", "--lr", "1e-3", "--anchors", "auto"]
 

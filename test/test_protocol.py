@@ -8,6 +8,7 @@ from tinygrad.nn.state import get_state_dict
 from tinydet import detect, detectors
 from tinydet.config import parse
 from tinydet.datasets.shapes import Shapes
+from tinydet.detection import postprocess
 from tinydet.detectors.detector import Detector, Preprocessing
 from tinydet.errors import UserError
 from tinydet.nn import init
@@ -169,3 +170,22 @@ def test_pictures_are_prepared_as_the_weights_say(family, tmp_path):
   images = np.full((1, 64, 64, 3), 128, np.uint8)
   assert abs(usual.prepare(Tensor(images)).numpy() - (128 / 255 - 0.5) / 0.25).max() < 1e-6
   assert abs(other.prepare(Tensor(images)).numpy() - (128 / 255 - 0.1) / 0.25).max() < 1e-6
+
+
+def test_what_outputs_mean_is_traced_once(monkeypatch):
+  """And anew where other classes are asked for; each batch gets its own boxes."""
+  detector, traced, rng = detectors.build("yolov8t", 3), [], np.random.default_rng(0)
+  candidates = detector.candidates
+  monkeypatch.setattr(detector, "candidates", lambda *given: traced.append(1) or candidates(*given))
+  batches = [tuple(Tensor(rng.standard_normal((1, channels, 84)).astype(np.float32)).realize() for channels in (64, 3)) for _ in range(2)]
+  def look(outputs): return detector.detect(outputs, (64, 64), np.array([[64, 64]]), score_threshold=0.5)
+  found = [look(outputs) for outputs in batches]
+  assert len(traced) == 1
+  for outputs, one in zip(batches, found, strict=True):
+    scores, boxes = candidates(outputs, (64, 64))
+    plain = postprocess.select(scores, boxes, None, [84], np.array([[64, 64]]), **detector.options({"sigmoid": False, "score_threshold": 0.5}))
+    for a, b in zip(one, plain, strict=True): np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+  assert (found[0].scores[0, :5] != found[1].scores[0, :5]).all()
+  detector.choose([2, None])
+  other = look(batches[0])
+  assert len(traced) == 2 and set(other.labels[0, :other.counts[0]]) == {0}

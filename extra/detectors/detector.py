@@ -49,6 +49,7 @@ class Detector:
   progress: Callable[[], Tensor | float] = staticmethod(lambda: 0.0)   # the share of a training run that is done, on the device
   chosen: np.ndarray | None = None                     # f32 [own classes,K], where it is asked for others than its own (see `choose`)
   _predict: Any = None                                 # what `predict` has captured
+  _readers: Mapping[Canvas, Any] = {}                  # what `read` has
   stages: ClassVar[Mapping[str, tuple[str, ...]]] = {} # from the output down: a part's name -> how its tensors' names begin
 
   def fit(self, size: tuple[int, int], max_size: int = 0) -> Fit:
@@ -108,9 +109,17 @@ class Detector:
              **options: Any) -> postprocess.Detections:
     """Detections of a batch, in pixels of the canvas; `sizes` and `origins` int [B,2] tell where the pictures are (see `postprocess.select`, which
     also has the options). `hidden` f32 [K] is added to the logits, -inf for classes not to be found."""
-    scores, boxes = self.candidates(outputs, canvas)
-    if hidden is not None: scores = scores + hidden if self.sigmoid else (hidden < 0).where(0, scores)
-    return postprocess.select(scores, boxes, None, [scores.shape[1]], sizes, origins=origins, sigmoid=self.sigmoid, **self.options(options))
+    with lock:   # until all has been read off
+      scores, boxes = self.read(outputs, canvas)
+      if hidden is not None: scores = scores + hidden if self.sigmoid else (hidden < 0).where(0, scores)
+      return postprocess.select(scores, boxes, None, [scores.shape[1]], sizes, origins=origins, sigmoid=self.sigmoid, **self.options(options))
+
+  def read(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    """`candidates`, captured, for whoever holds `lock`: traced each time they would take longer than a small network."""
+    def contiguous(*outputs: Tensor) -> tuple[Tensor, ...]: return tuple(t.contiguous() for t in self.candidates(outputs, canvas))
+    if canvas not in self._readers: self._readers = {**self._readers, canvas: jit(contiguous)}
+    Tensor.realize(*outputs)
+    return self._readers[canvas](*outputs)
 
   def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a selection: `given` ones that are not None, else the detector's own."""
@@ -121,7 +130,7 @@ class Detector:
     self.chosen = np.zeros((self.num_classes, len(labels)), np.float32)
     for i, label in enumerate(labels):
       if label is not None: self.chosen[label, i] = 1
-    self.num_classes = len(labels)
+    self.num_classes, self._readers = len(labels), {}
 
   def of_classes(self, scores: Tensor) -> Tensor:
     """Scores [B,N,own classes] in 0..1 as those of the classes asked for, [B,N,K]."""

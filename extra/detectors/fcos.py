@@ -9,6 +9,7 @@ from tinydet.detection.losses import sigmoid_focal_loss
 from tinydet.detection.yolo_losses import binary_cross_entropy
 from tinydet.detectors.detector import Canvas, Detector, Outputs
 from tinydet.models import classifiers, fcos, retinanet
+from tinydet.runtime.graphs import lock
 
 NAMES = tuple(f"fcos_{backbone}_fpn" for backbone in classifiers.NAMES)
 RADIUS = 1.5   # strides around a box's centre within which places learn it
@@ -94,9 +95,10 @@ class FCOS(Detector):
 
   def detect(self, outputs: Outputs, canvas: Canvas, sizes: np.ndarray, origins: np.ndarray | None = None, hidden: Tensor | None = None,
              **options: Any) -> postprocess.Detections:
-    scores, boxes = self.candidates(outputs, canvas)
-    if hidden is not None: scores = (hidden.to(scores.device) < 0).where(0, scores)
-    return postprocess.select(scores, boxes, None, self._level_sizes(canvas), sizes, origins=origins, sigmoid=False, **self.options(options))
+    with lock:
+      scores, boxes = self.read(outputs, canvas)
+      if hidden is not None: scores = (hidden.to(scores.device) < 0).where(0, scores)
+      return postprocess.select(scores, boxes, None, self._level_sizes(canvas), sizes, origins=origins, sigmoid=False, **self.options(options))
 
   def _level_sizes(self, canvas: Canvas) -> list[int]: return [rows * columns for rows, columns in anchors.feature_sizes(*canvas)]
 

@@ -17,6 +17,7 @@ from tinydet.errors import UserError
 from tinydet.models import yolo
 from tinydet.models.fold import fold
 from tinydet.nn.init import set_values
+from tinydet.runtime.graphs import lock
 
 NAMES = yolo.NAMES
 GREY = (114, 114, 114)   # of what a letterboxed picture does not cover
@@ -113,6 +114,7 @@ class Yolo(Detector):
 
   def fit_anchors(self, shapes: np.ndarray) -> None:
     """Three for each level, the smallest for the finest."""
+    self._readers = {}
     found = anchor_fit.fit_shapes(shapes, 3 * len(self.facts.strides)).round(2).reshape(-1, 3, 2)
     head = self.network.model[-1]
     if not hasattr(head, "anchors"):
@@ -125,6 +127,7 @@ class Yolo(Detector):
 
   def assume(self, about: Mapping[str, Any]) -> None:
     super().assume(about)
+    self._readers = {}
     if (found := about.get("anchors")) is None: return
     try: values = np.array(found, np.float64)
     except (TypeError, ValueError): values = np.zeros(0)
@@ -137,9 +140,10 @@ class Yolo(Detector):
              **options: Any) -> Detections:
     options = self.options(options)
     if options["nms_threshold"] is not None: return super().detect(outputs, canvas, sizes, origins, hidden, **options)
-    scores, boxes = self.candidates(outputs, canvas)   # a one-to-one head
-    if hidden is not None: scores = (hidden < 0).where(0, scores)
-    return decoding.best(boxes, scores, options.get("max_detections", 300), options.get("score_threshold", 0.05))
+    with lock:
+      scores, boxes = self.read(outputs, canvas)   # a one-to-one head
+      if hidden is not None: scores = (hidden < 0).where(0, scores)
+      return decoding.best(boxes, scores, options.get("max_detections", 300), options.get("score_threshold", 0.05))
 
   def level_of(self, row: int, canvas: Canvas) -> str:
     each = 1 if self.facts.decode == "sides" else 3
