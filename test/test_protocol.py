@@ -184,7 +184,7 @@ def test_what_outputs_mean_is_traced_once(monkeypatch):
   for outputs, one in zip(batches, found, strict=True):
     scores, boxes = candidates(outputs, (64, 64))
     plain = postprocess.select(scores, boxes, None, [84], np.array([[64, 64]]), **detector.options({"sigmoid": False, "score_threshold": 0.5}))
-    for a, b in zip(one, plain, strict=True): np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+    for part, value in vars(plain).items(): np.testing.assert_allclose(getattr(one, part), value, rtol=1e-6, atol=1e-5, err_msg=part)
   assert (found[0].scores[0, :5] != found[1].scores[0, :5]).all()
   detector.choose([2, None])
   other = look(batches[0])
