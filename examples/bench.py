@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tinydet.config import option, parse
 from tinydet.errors import UserError, exit_on_user_error
-from bench_yolo import CONTENDERS, processor
+from bench_yolo import peers, processor
 
 # What keeps a program from AVX-512: tinygrad's CPU device is named with what its compiler may use.
 VARIABLES = {"native": {}, "avx2": {"DEV": "CPU:CLANG:x86_64,native,-avx512f", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
@@ -23,7 +23,7 @@ TURNS = {"training step, YOLOv8n, 320x320, batch 8": ["--train", "--size", "320"
 
 @dataclass
 class Config:
-  against: tuple = option(("torch", "onnxruntime"), "whom to measure against", parse=lambda text: tuple(text.split(",")), show=",".join)
+  against: tuple = option(("torch", "onnxruntime"), "whom to measure against", parse=peers, show=",".join)
   isa: str = option("native", "native is what the processor has", choices=tuple(VARIABLES))
   pairs: int = option(3, "processes of ours and of torch's for a RetinaNet's step", minimum=1)
 
@@ -47,8 +47,6 @@ def row(what: str, peer: str, ours: list[float], theirs: list[float]) -> str:
 
 
 def main(config: Config) -> None:
-  if unknown := [name for name in config.against if name not in CONTENDERS]:
-    raise UserError(f"--against {','.join(config.against)}: {unknown[0]}: expected some of {', '.join(CONTENDERS)}")
   print(f"{processor()}, {len(os.sched_getaffinity(0))} of its cores, load {os.getloadavg()[0]:.1f}; --isa {config.isa}\n")
   print("| what | ours, s | the peer, s | ours / the peer's time |\n| --- | --- | --- | --- |", flush=True)
   with tempfile.TemporaryDirectory(prefix="bench-") as folder:

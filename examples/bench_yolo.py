@@ -33,11 +33,18 @@ FOUND, NMS, MOST = 100, 0.5, 300   # pairs of cell and class above the score thr
 PAUSE = 0.3   # seconds between turns: threads of torch spin for a while after their work
 
 
+def peers(text: str) -> tuple[str, ...]:
+  """Parse the names of those that this program is measured against. For `option(parse=peers, show=",".join)`."""
+  names = tuple(text.split(","))
+  for name in names:
+    if name not in ("torch", "onnxruntime"): raise ValueError(f"{name}: expected some of torch, onnxruntime")
+  return names
+
+
 @dataclass
 class Config:
   network: str = option(IN_TORCH, "the detector by name, such as retinanet_resnet50_fpn")
-  against: tuple = option(("torch", "onnxruntime"), "whom to measure against: torch, onnxruntime", parse=lambda text: tuple(text.split(",")),
-                          show=",".join)
+  against: tuple = option(("torch", "onnxruntime"), "whom to measure against: torch, onnxruntime", parse=peers, show=",".join)
   size: int = option(640, "pixels, of square pictures", minimum=32)
   bs: tuple = option((1, 8), "batch sizes", parse=lambda text: tuple(map(int, text.split(","))), show=lambda sizes: ",".join(map(str, sizes)))
   rounds: int = option(15, "turns of each contender", minimum=3)
@@ -265,8 +272,6 @@ def threshold(detector: Detector, batch: tuple[np.ndarray, ...]) -> float:
 def main(config: Config) -> None:
   kind = "train" if config.train else "detect" if config.detect else "forward"
   against = config.against if kind != "train" else tuple(name for name in config.against if name != "onnxruntime")
-  for name in config.against:
-    if name not in CONTENDERS: raise UserError(f"--against {','.join(config.against)}: {name}: expected some of {', '.join(CONTENDERS)}")
   if config.network != IN_TORCH and "torch" in against:
     raise UserError(f"--network {config.network}: torch has {IN_TORCH} here and no other; add --against onnxruntime")
   if not against: raise UserError(f"--against {','.join(config.against)}: trains nothing; --train is measured against torch")

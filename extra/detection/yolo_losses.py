@@ -7,7 +7,6 @@ from tinydet.detection import yolo
 from tinydet.detection.assigners import targets, task_aligned
 from tinydet.detection.boxes import similarity
 
-
 FACTORS = 100   # of up to 2 each, whose product a float32 can hold
 
 
@@ -32,9 +31,7 @@ def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
   """Cross-entropy of sigmoid(`logits`) with `wanted` in 0..1, element by element, f32. Its gradient, sigmoid less `wanted`, is given: derived term by
   term it is none at 0."""
   def forward(x: Tensor, y: Tensor) -> Tensor: return x.maximum(0) - x * y + (1 + (-x.abs()).exp()).log()
-  def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    return (Tensor(grad) * (Tensor(call.src[1]).sigmoid() - Tensor(call.src[2]))).uop, None
-  return function(forward, grad_fxn=gradient)(logits, wanted)
+  return function(forward, grad_fxn=_entropy_gradient)(logits, wanted)
 
 
 def summed_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -44,9 +41,12 @@ def summed_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     factors = 1 + (-x.abs()).exp()
     logs = [factors[:, first:first + FACTORS].prod(1).log().sum() for first in range(0, x.shape[1], FACTORS)]
     return (x.maximum(0) - x * y).sum() + sum(logs[1:], logs[0])
-  def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-    return (Tensor(grad) * (Tensor(call.src[1]).sigmoid() - Tensor(call.src[2]))).uop, None
-  return function(forward, grad_fxn=gradient)(logits, wanted)
+  return function(forward, grad_fxn=_entropy_gradient)(logits, wanted)
+
+
+def _entropy_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+  """That of either for its logits: each one's own `grad`, or that of their sum, which is spread."""
+  return (Tensor(grad) * (Tensor(call.src[1]).sigmoid() - Tensor(call.src[2]))).uop, None
 
 
 def varifocal(logits: Tensor, wanted: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:

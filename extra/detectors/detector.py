@@ -116,8 +116,9 @@ class Detector:
 
   def read(self, outputs: Outputs, canvas: Canvas) -> tuple[Tensor, Tensor]:
     """`candidates`, captured, for whoever holds `lock`: traced each time they would take longer than a small network."""
-    def contiguous(*outputs: Tensor) -> tuple[Tensor, ...]: return tuple(t.contiguous() for t in self.candidates(outputs, canvas))
-    if canvas not in self._readers: self._readers = {**self._readers, canvas: jit(contiguous)}
+    if canvas not in self._readers:
+      def contiguous(*outputs: Tensor) -> tuple[Tensor, ...]: return tuple(t.contiguous() for t in self.candidates(outputs, canvas))
+      self._readers = {**self._readers, canvas: jit(contiguous)}
     Tensor.realize(*outputs)
     return self._readers[canvas](*outputs)
 
