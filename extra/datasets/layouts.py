@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from tinydet.datasets import native, tables, voc, yolo_labels
+from tinydet.datasets import native, tables, voc, yolo_folders, yolo_labels
 from tinydet.datasets.coco import LARGE, Coco
 from tinydet.datasets.find_pictures import SPLIT_NAMES, SUFFIXES, folders_in, is_picture, of_another_split, walk_files
 from tinydet.datasets.listed import Listed
@@ -125,7 +125,7 @@ def _open_voc(folder: Path, name: str | None, places: voc.Places, strict: bool) 
 # ---- YOLO
 
 def _yolo(place: Place) -> Found | None:
-  if (found := yolo_labels.find_yolo(place.file or place.folder)) is None: return None
+  if (found := yolo_folders.find_yolo(place.file or place.folder)) is None: return None
   why, parts = found
   return Found("YOLO", why, {split: partial(yolo_labels.open_yolo, parts, split) for split in parts.splits})
 
