@@ -226,6 +226,7 @@ def test_maps_beat_random_ones_and_depend_on_the_weights(run, tmp_path, capsys, 
   assert "weights randomised down to" in out and f"mean of {len(detections)}" in out
 
 
+@pytest.mark.by_hand
 def test_eigen_cam_does_not_see_the_head_and_hires_cam_tells_detections_apart():
   image = SET[1].image   # a square above a ring
   features, (logits, _) = NETWORK().forward(image)

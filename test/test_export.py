@@ -1,5 +1,5 @@
 """ONNX files of detectors, run in onnxruntime: the numbers are the detector's own, for any number of pictures; what is not the same is not kept."""
-import importlib.util, json, shutil, subprocess, sys
+import importlib.util, itertools, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -8,6 +8,7 @@ from tinydet.config import parse
 from tinydet.datasets.shapes import Shapes
 from tinydet.errors import UserError
 from yolo_golden import fill
+from by_hand import by_hand
 
 onnxruntime = pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parents[1]
@@ -40,8 +41,8 @@ def test_every_kind_of_network(name, tmp_path):
   assert (found["scores"][0] != found["scores"][1]).any()
 
 
-@pytest.mark.parametrize("preprocess", [True, False])
-@pytest.mark.parametrize("outputs", ["raw", "decoded", "detections"])
+@pytest.mark.parametrize(("outputs", "preprocess"), by_hand(
+  itertools.product(["raw", "decoded", "detections"], [True, False]), ("raw", False), ("decoded", True), ("detections", False)))
 def test_the_shipped_detector(outputs, preprocess, tmp_path):
   detector, about, _ = detectors.open_detector("shapes")
   images = np.stack([Shapes("val", 1, size=128, count=3)[i].image for i in range(3)])
@@ -68,6 +69,7 @@ def test_the_shipped_detector(outputs, preprocess, tmp_path):
     for row in mine: assert np.abs(row[1:5] - own.boxes[i, :n]).max(1).min() < 1e-2
 
 
+@pytest.mark.by_hand
 def test_a_one_to_one_head_needs_no_suppression(tmp_path):
   detector = detectors.build("yolov10n", 3)
   fill(detector.network)
@@ -113,6 +115,7 @@ def test_without_the_package(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
 @pytest.mark.parametrize("name", ["yolov8t", pytest.param("yolov4-tiny", marks=pytest.mark.by_hand)])
 def test_c_of_networks(name, tmp_path):

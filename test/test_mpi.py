@@ -99,7 +99,6 @@ def conv_outputs(pictures):
   return np.einsum("nchwij,ocij->nohw", windows, model.conv.weight.numpy().astype(np.float64))
 
 
-@pytest.mark.by_hand
 @mpi
 def test_two_ranks_equal_one_process(alone, tmp_path):
   out, states = alone
@@ -131,6 +130,7 @@ def test_two_ranks_equal_one_process(alone, tmp_path):
   assert lines == ["0 begins", "0 ends", "1 begins", "1 ends"]
 
 
+@pytest.mark.by_hand
 @mpi
 def test_four_ranks_equal_one_process_and_go_on_with_what_two_began(alone, stopped, killed, tmp_path):
   out, states = alone

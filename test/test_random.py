@@ -52,6 +52,7 @@ def test_a_captured_step_draws_what_a_plain_one_draws():
   assert np.allclose(run(again, 5), expected, rtol=1e-6), "from the cache, with the seed of now"
 
 
+@pytest.mark.by_hand
 def test_seeding_reaches_graphs_that_are_captured_already():
   step, weight = learner()
   begin = weight.numpy()
@@ -94,6 +95,7 @@ def test_another_process_draws_the_same_from_the_cache(tmp_path):
   assert len(list((tmp_path / "cache" / "tinydet" / "graphs").iterdir())) == 1
 
 
+@pytest.mark.by_hand
 def test_several_devices_have_numbers_of_their_own():
   second = f"{Device.DEFAULT}:1"
   random.seed(5)

@@ -290,6 +290,7 @@ def wandb_server(seen):
   return server
 
 
+@pytest.mark.by_hand
 def test_logged_in_it_goes_online_and_a_server_that_falls_silent_costs_only_seconds(tmp_path):
   server = wandb_server(seen := [])
   login = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40}

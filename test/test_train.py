@@ -91,6 +91,7 @@ def test_weights_and_checkpoints_say_what_they_are(first, state_after_first):
   np.testing.assert_array_equal(tensors[key], then[f"optimizer.ema.{key}"])
 
 
+@pytest.mark.by_hand
 def test_a_run_goes_on(first, state_after_first):
   (_, folder), (_, before) = first, state_after_first
   weights, about = checkpoint.load(folder / "checkpoint-8.safetensors")

@@ -2,6 +2,7 @@
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
+from by_hand import by_hand
 from tinydet.runtime.workers import Died, Workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are none")
@@ -50,7 +51,7 @@ def calm(tmp_path_factory) -> str:
   return done.stdout
 
 
-@pytest.mark.parametrize(("count", "delay"), [(1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)])
+@pytest.mark.parametrize(("count", "delay"), by_hand([(1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)], (1, 0.0), (2, 0.3)))
 def test_a_process_killed_in_mid_compile_costs_no_more_than_time(calm, tmp_path, count, delay):
   done = run(count, delay, tmp_path)
   assert done.returncode == 0 and done.stdout == calm, done.stderr

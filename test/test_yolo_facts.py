@@ -11,6 +11,7 @@ from tinydet.nn import init, layers
 from tinydet.nn.pool import max_pool_2x2, max_pool_same, mean_pool_2x2
 from tinydet.weights import yolo_published
 from yolo_golden import NO_PARAMETERS, fill, parameters, value
+from by_hand import by_hand
 
 # Exact numbers of parameters where they are published, of networks with all their heads and norms.
 EXACT = {"yolov8n": 3_157_200, "yolov8s": 11_166_560, "yolov8m": 25_902_640, "yolov8l": 43_691_520, "yolov8x": 68_229_648, "yolov9t": 2_128_720,
@@ -93,7 +94,7 @@ def test_folded_blocks_compute_the_same(kind):
   np.testing.assert_allclose(block[0](x).numpy(), before, rtol=0, atol=1e-5 * abs(before).max())
 
 
-@pytest.mark.parametrize("name", ["yolov4-tiny", "yolov8t", pytest.param("yolov7", marks=pytest.mark.by_hand)])
+@pytest.mark.parametrize("name", by_hand(["yolov4-tiny", "yolov8t", "yolov7"], "yolov4-tiny", "yolov7"))
 def test_folded_networks_compute_the_same(name):
   network = fill(yolo.build(name, 80 if name == "yolov4-tiny" else 3))
   x = Tensor(np.random.default_rng(0).random((1, 3, 32, 64), np.float32))
@@ -110,7 +111,7 @@ SMALL = {"C2f": lambda: yolo_blocks.C2f(8, 8, 1, True), "C3k": lambda: yolo_bloc
          "ConvTranspose": lambda: layers.ConvTranspose2x2(8, 4)}
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", by_hand(SMALL, "area", "PSA", "C3k", "SPPF", "CIB"))
 def test_blocks_learn(kind):
   """The gradient of input and parameters, along one direction each, against differences of outputs; norms use the batch's statistics."""
   block, rng = [SMALL[kind]()], np.random.default_rng(5)
@@ -133,7 +134,7 @@ def test_blocks_learn(kind):
   assert slope == pytest.approx((around[0] - around[1]) / 0.01, rel=2e-2, abs=0.05) and abs(slope) > 0.1
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolov3-tiny", pytest.param("yolov7", marks=pytest.mark.by_hand)])
+@pytest.mark.parametrize("name", by_hand(["yolov8n", "yolov3-tiny", "yolov7"], "yolov3-tiny", "yolov7"))
 def test_the_first_values(name):
   """A score near zero wherever nothing was learnt, and boxes that are boxes."""
   detector = detectors.build(name, 6, seed=3)
@@ -246,6 +247,7 @@ def test_nms_is_by_class_and_greedy(on_host):
   assert none.counts.tolist() == [0] and not none.scores.any() and (none.labels == -1).all()
 
 
+@pytest.mark.by_hand
 def test_both_forms_of_selection_agree():
   rng = np.random.default_rng(1)
   corners = rng.random((2, 400, 2)) * 90

@@ -6,13 +6,14 @@ from tinydet.detection.boxes import SIMILARITIES, similarity
 from tinydet.detection.yolo_losses import Recipe, binary_cross_entropy, distribution_focal, side_losses, summed_cross_entropy, varifocal
 from tinydet.detectors import yolo as detectors
 from yolo_golden import GOLDEN, fill
+from by_hand import by_hand
 
 TOLERANCE = {"yolov9t": (1e-4, 1e-2), "yolov6n": (1e-3, 5e-2)}   # of losses and of gradient norms, where they are not the usual
 
 
-@pytest.mark.parametrize(("name", "whole"), [("yolov8n", False), pytest.param("yolov8n", True, marks=pytest.mark.by_hand), ("yolov10n", False),
-                                             pytest.param("yolo11n", False, marks=pytest.mark.by_hand), ("yolo26n", False), ("yolov6n", False),
-                                             pytest.param("yolov9t", False, marks=pytest.mark.by_hand)])
+@pytest.mark.parametrize(("name", "whole"), by_hand(
+  [("yolov8n", False), ("yolov8n", True), ("yolov10n", False), ("yolo11n", False), ("yolo26n", False), ("yolov6n", False), ("yolov9t", False)],
+  ("yolov8n", True), "yolov10n", "yolo11n", "yolov9t"))
 def test_a_step_of_the_official_program(name, whole):
   """`whole`: the gradient of all parameters, else that of the box branch's last layer, as compiling takes minutes."""
   golden = np.load(GOLDEN / f"loss_{name}.npz")

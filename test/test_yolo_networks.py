@@ -6,6 +6,7 @@ from tinydet.detectors import yolo as detectors
 from tinydet.models import yolo
 from tinydet.nn import init
 from yolo_golden import GOLDEN, fill, keys_sha256, parameters
+from by_hand import by_hand
 
 FILES = sorted(path.stem for path in GOLDEN.glob("yolo*.npz"))
 ANCHORED = {"yolov7", "yolov3", "yolov3-tiny", "yolov4-tiny"}
@@ -57,10 +58,11 @@ def test_tensors_of_the_official_files(name, blank):
     assert (keys_sha256(network), parameters(network)) == (str(golden["keys_sha256_80"]), int(golden["parameters_80"]))
 
 
-BY_HAND = ("yolov8m", "yolov3", "yolov7", "yolov9t", "yolo11n", "yolo12n")   # large ones, or of blocks that others have too or test_yolo_facts.py has
+# large ones, or of blocks that others have too, or test_yolo_facts.py or test_yolo_losses.py has
+BY_HAND = ("yolov8m", "yolov5n", "yolo26n", "yolov3", "yolov7", "yolov9t", "yolo11n", "yolo12n")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.by_hand] if name in BY_HAND else []) for name in FILES])
+@pytest.mark.parametrize("name", by_hand(FILES, *BY_HAND))
 def test_outputs_of_the_official_programs(name):
   golden, detector = with_golden_values(name)
   if name in FOLDED: detector.fold()

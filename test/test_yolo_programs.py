@@ -12,6 +12,7 @@ from official_files import Models
 from test_yolo_networks import matched
 from test_yolo_weights import AUTHORS, NAMES, state
 from yolo_golden import GOLDEN, darknet_stream
+from by_hand import by_hand
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,10 +44,10 @@ def rows_of(out, names, i):
                    for r, e in zip(found, entries)]).reshape(-1, 6)
 
 
-@pytest.mark.parametrize(("name", "file", "key", "flags"), [
-  pytest.param("yolov8n", "yolov8n.pt", "nms_val{}", ["--score-threshold", "0.001"], marks=pytest.mark.by_hand),
+@pytest.mark.parametrize(("name", "file", "key", "flags"), by_hand([
+  ("yolov8n", "yolov8n.pt", "nms_val{}", ["--score-threshold", "0.001"]),
   ("yolov10n", "yolov10n.pt", "one2one_detections", ["--score-threshold", "0"]),
-  ("yolov4-tiny", "some.weights", "nms{}", ["--score-threshold", "0.4", "--max-detections", "2000"])])
+  ("yolov4-tiny", "some.weights", "nms{}", ["--score-threshold", "0.4", "--max-detections", "2000"])], "yolov8n", "yolov4-tiny"))
 def test_detect_finds_what_the_official_program_finds(files, tmp_path, name, file, key, flags):
   golden, run = np.load(GOLDEN / f"{name}.npz"), program("detect")
   height, width = golden["images"].shape[1:3]
@@ -99,6 +100,7 @@ def test_evaluate_and_explain_take_them(files, tmp_path, capsys):
   assert list(why["shares"]) == ["C3", "C4", "C5"] and sum(why["shares"].values()) == pytest.approx(1)
 
 
+@pytest.mark.by_hand
 def test_letterboxed_pictures_and_tiles(files):
   """A picture of other proportions comes back in its own pixels; class names are the file's."""
   image = np.asarray(Image.open(files / "yolov8n-pictures" / "0.png"))
