@@ -28,18 +28,21 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride:
   pad = (-low[1], columns + high[1] - grad.shape[3], -low[0], rows + high[0] - grad.shape[2])
   out = grad.conv2d(w.contiguous(), groups=groups, padding=pad)
   if stride == 1: return out.contiguous()   # or what is behind the input would spoil the tile of the convolution
-  out = out.reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
+  # Contiguous, or tinygrad's heuristics find a phase where they look for a matrix unit's axis.
+  out = out.contiguous().reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
   out = out.pad(((0, 0),) * 3 + ((0, stride - phases[0]), (0, 0), (0, stride - phases[1]))).reshape(batch, -1, rows * stride, columns * stride)
   return out.shrink((None, None, (0, size[0]), (0, size[1]))).contiguous()
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: int, padding: int, groups: int) -> Tensor:
-  """Gradient [Cout,Cin/groups,KH,KW] of the weight: input and output gradient, each with batch and channels swapped, convolved with each other."""
-  batch, in_channels = x.shape[0], x.shape[1]
-  x = x.reshape(batch, groups, in_channels // groups, *x.shape[2:]).permute(2, 1, 0, 3, 4).reshape(-1, groups * batch, *x.shape[2:])
-  g = grad.transpose(0, 1)                                                            # [Cout,B,OH,OW]: B is what a group's "input channels" are here
-  out = x.conv2d(g, groups=groups, dilation=stride, padding=padding)                  # [Cin/groups,Cout,>=KH,>=KW]
-  return out.shrink((None, None, (0, kernel[0]), (0, kernel[1]))).transpose(0, 1).contiguous()   # as it is read more than once
+  """Gradient [Cout,Cin/groups,KH,KW] of the weight, given that of the output [B,Cout,OH,OW]: at each tap a product of matrices, summed over pictures
+  and pixels. The taps come first and the channels last: tinygrad's heuristics look for a matrix unit's axes from the end, and give up at a tap."""
+  (batch, out_channels, *size), in_channels = grad.shape, x.shape[1]
+  windows = x.pad((padding,) * 4).unfold(2, kernel[0], stride).unfold(3, kernel[1], stride)[:, :, :size[0], :size[1]]
+  windows = windows.reshape(batch, groups, 1, in_channels // groups, *size, *kernel).permute(6, 7, 1, 2, 3, 0, 4, 5)
+  g = grad.reshape(batch, groups, out_channels // groups, 1, *size).permute(1, 2, 3, 0, 4, 5)
+  out = (windows * g).sum((5, 6, 7)).contiguous()                                     # [KH,KW,groups,Cout/groups,Cin/groups]
+  return out.permute(2, 3, 4, 0, 1).reshape(out_channels, in_channels // groups, *kernel).contiguous()   # as it is read more than once
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1,

@@ -29,6 +29,7 @@ if _parts:
   _tinygrad = SimpleNamespace(schedule=_schedule, lower=_lower, capturing=_capturing, Ops=_Ops, module=_jit)
 _watching = take("tinygrad.tensor:all_tensors", "tinygrad.uop.ops:Ops.BUFFER", "tinygrad:UOp.has_buffer_identity",
                  instead="a captured graph goes on with weights that were replaced")
+_units = take("tinygrad.helpers:TC_OPT", instead="convolutions do not use a GPU's matrix units unless TC_OPT or BEAM says so")
 # what changes what a function of tensors computes
 _settings = take(*(f"tinygrad.helpers:{name}" for name in ("TRAINING", "DEFAULT_FLOAT", "DEFAULT_INT")),
                  instead="a captured graph is run whatever Context says of TRAINING") or ()
@@ -57,7 +58,7 @@ def jit(function: Callable) -> Callable:
       if "CPU" in devices: use_all_cores()   # whoever calls: a program that has asked for the device has them, a library's user too
       random.prepare(*devices)
       alive = _alive()
-      result, graph, buffers = _captured(function, tensors, workspaces)
+      with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspaces)
       graphs[key], owners[:] = (graph, _used(alive, buffers)), [os.getpid()]
       return result
   return call
@@ -67,6 +68,11 @@ def in_place() -> Context:
   """Inside, a tensor that is assigned what is made of itself and others, element by element, is written where it lies. By default tinygrad makes a
   copy first where more than three tensors take part, as they do in an optimiser's update: a kernel more, and its memory."""
   return Context(PCONTIG=3) if _parts else Context()
+
+
+def _matrix_units(devices: list[str]) -> Context:
+  """tinygrad's heuristics keep convolutions, as sums over several axes, from a GPU's matrix units where TC_OPT does not say otherwise."""
+  return Context(TC_OPT=2) if _units and "TC_OPT" not in os.environ and set(devices) - {"CPU"} else Context()
 
 
 def _captured(function: Callable, tensors: tuple[Tensor, ...], workspaces: dict[tuple, UOp]) -> tuple[Any, TinyJit, set[UOp]]:
