@@ -4,6 +4,7 @@ import numpy as np, pytest
 from tinygrad import Tensor
 from tinydet.detection.anchor_losses import Gains, candidates as candidates_of, darknet_losses, ratio_losses
 from tinydet.detectors import yolo
+from by_hand import by_hand
 
 CANVAS, STRIDES, K = (64, 96), (8, 16, 32), 3
 SCALE = (1.2, 1.1, 1.05)
@@ -133,7 +134,7 @@ def losses(levels, kind, owners, fixed=None):
   return terms, fixed
 
 
-@pytest.mark.parametrize("kind", ["v3", "v4", "v5", "v7"])
+@pytest.mark.parametrize("kind", by_hand(["v3", "v4", "v5", "v7"], "v3", "v5"))
 def test_terms_and_gradient(kind, monkeypatch):
   if kind == "v3": monkeypatch.setattr("test_anchor_losses.SCALE", (1.0, 1.0, 1.0))
   rng = np.random.default_rng(3)

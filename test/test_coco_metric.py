@@ -112,6 +112,7 @@ def bench_scale():
   return module
 
 
+@pytest.mark.by_hand
 def test_pycocotools_gives_the_same_by_slices_of_classes_as_in_one_go(monkeypatch):
   """What `bench_scale.py --against-pycocotools` compares with at a size that is too much for one go."""
   bench = bench_scale()

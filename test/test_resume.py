@@ -64,7 +64,8 @@ def one_line(done, *words):
   assert all(word in done.stderr for word in words), done.stderr
 
 
-@pytest.mark.parametrize("how", [pytest.param("flag", marks=pytest.mark.by_hand), "variable"])
+@pytest.mark.by_hand
+@pytest.mark.parametrize("how", ["flag", "variable"])
 def test_the_same_command_goes_on_with_its_preset(copy, how):
   """As Slurm starts a job again: with the very same line."""
   preset, variables = (["--preset", "folder"], {}) if how == "flag" else ([], {"TINYDET_PRESET": "folder"})

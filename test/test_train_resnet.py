@@ -129,6 +129,7 @@ def coloured(first, tmp_path_factory):
   return done, out / "data", out / "runs" / "colours"
 
 
+@pytest.mark.by_hand
 def test_an_image_folder_trains(coloured):
   done, _, folder = coloured
   assert "3 classes, 48 training and 21 validation pictures at 32x32 on CPU, CPU:1" in done.stdout
@@ -140,6 +141,7 @@ def test_an_image_folder_trains(coloured):
   assert json.loads((folder / "summary.json").read_text())["final/top1"] >= 0.6
 
 
+@pytest.mark.by_hand
 def test_top1_is_a_count_over_the_validation_pictures(coloured):
   """Each picture is read by Pillow, they go through the network at once and without a captured graph, and numpy counts."""
   _, data, folder = coloured

@@ -9,6 +9,7 @@ from tinydet.nn import init
 from tinydet.weights import checkpoint, torch_file
 from tinydet.detectors import build, open_detector
 from tinydet.weights.weights import fit, load_weights, open_weights, read, save_weights
+from by_hand import by_hand
 
 ROOT = Path(__file__).parents[1]
 NAME = "retinanet_resnet10_quarter_fpn"
@@ -273,6 +274,7 @@ def test_export(tmp_path, suffix):
   assert not (tmp_path / "x.onnx").exists()
 
 
+@pytest.mark.by_hand
 def test_evaluate_and_score_a_file_again(tmp_path):
   found, data = tmp_path / "found.json", ("--data", "shapes:1", "--images", 8, "--workers", 0)
   scored = program("evaluate.py", *data, "--weights", "shapes", "--bs", 4, "--size", 64, "--to-json", found)
@@ -293,9 +295,9 @@ def test_evaluate_and_score_a_file_again(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr, (name, done.stderr)
 
 
-@pytest.mark.parametrize(("name", "backbone", "file"), [
+@pytest.mark.parametrize(("name", "backbone", "file"), by_hand([
   ("imagenet", "resnet18", "resnet18-f37072fd.pth"), ("imagenet_v2", "resnet50", "resnet50-11ad3fa6.pth"),
-  ("coco", "resnet50", "retinanet_resnet50_fpn_coco-eeacb38b.pth"), ("mlperf", "resnext50_32x4d", "retinanet_model_10.zip")])
+  ("coco", "resnet50", "retinanet_resnet50_fpn_coco-eeacb38b.pth"), ("mlperf", "resnext50_32x4d", "retinanet_model_10.zip")], "imagenet_v2", "coco"))
 def test_published_weights_without_a_network(name, backbone, file, tmp_path, monkeypatch):
   monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")   # nobody listens there
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -59,7 +59,7 @@ def test_tensors_of_the_official_files(name, blank):
 
 
 # large ones, or of blocks that others have too, or test_yolo_facts.py or test_yolo_losses.py has
-BY_HAND = ("yolov8m", "yolov5n", "yolo26n", "yolov3", "yolov7", "yolov9t", "yolo11n", "yolo12n")
+BY_HAND = ("yolov8m", "yolov10n", "yolov5n", "yolo26n", "yolov3", "yolov7", "yolov9t", "yolo11n", "yolo12n")
 
 
 @pytest.mark.parametrize("name", by_hand(FILES, *BY_HAND))
