@@ -5,7 +5,7 @@ import math
 from tinygrad import Tensor
 from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel
 
-# Output [BATCH, CHANNELS, OUT_H, WIDTH]. FLIP turns the taps around.
+# Output [BATCH, CHANNELS, OUT_H, WIDTH]
 CONVOLVE = """
 enum { DOWN = LEAST(OUT_H, 4) };
 void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
@@ -14,7 +14,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
     const long channel = item % CHANNELS;
     float w[TAPS], *to = out + item * OUT_H * WIDTH;
-    for (int t = 0; t < TAPS; t++) w[t] = weight[channel * TAPS + (FLIP ? TAPS - 1 - t : t)];
+    for (int t = 0; t < TAPS; t++) w[t] = weight[channel * TAPS + t];
     lay_out(mine, x + item * HEIGHT * COLUMNS, 0);
     for (int row = 0; row < OUT_H; row += DOWN) for (int column = 0; column < WIDTH; column += LANES) {
       const int r = LEAST(row, OUT_H - DOWN), c = LEAST(column, WIDTH - LANES);
@@ -66,12 +66,32 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
 }
 """
 
-# The gradient of an output in strides, spread over the input's pixels with zeros between and around
-SPREAD = """
-static inline void lay_out(float *restrict to, const float *restrict plane, long top) {
-  for (long p = 0; p < SCRATCH; p++) to[p] = 0;
-  for (int r = 0; r < HEIGHT; r++)
-    for (int c = 0; c < COLUMNS; c++) to[(r * SPACE + ABOVE) * PITCH + c * SPACE + BEFORE] = plane[r * COLUMNS + c];
+# Gradient [BATCH, CHANNELS, OUT_H, WIDTH] of the input behind a stride of SPACE. That of the output lies with zeros between its columns. Taps of one
+# phase meet pixels of one phase: rows p, p + SPACE, ... of the kernel the rows whose number and the padding leave p.
+INPUT_GRADIENT = """
+enum { DOWN = LEAST(LEAST(OUT_H / SPACE + !(OUT_H / SPACE), 4), OUT_H) };
+void NAME(float *restrict out, float *restrict scratch, const float *restrict gradient, const float *restrict weight, int core) {
+  float *mine = scratch + (long)core * SCRATCH;
+  const long items = (long)BATCH * CHANNELS;
+  for (long p = 0; p < SCRATCH; p++) mine[p] = 0;   // what is no gradient stays so
+  for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
+    const float *w = weight + item % CHANNELS * TAPS, *plane = gradient + item * HEIGHT * COLUMNS;
+    float *to = out + item * OUT_H * WIDTH;
+    for (int r = 0; r < HEIGHT; r++)
+      for (int c = 0; c < COLUMNS; c++) mine[(r + ABOVE) * PITCH + c * SPACE + BEFORE] = plane[r * COLUMNS + c];
+    UNROLLED (int p = 0; p < SPACE; p++) {
+      const int first = (p + SPACE * PADDING - PADDING) % SPACE, meets = (first + PADDING) / SPACE, count = (OUT_H - first + SPACE - 1) / SPACE;
+      for (int row = 0; row < count; row += DOWN) for (int column = 0; column < WIDTH; column += LANES) {
+        const int r = LEAST(row, count - DOWN), c = LEAST(column, WIDTH - LANES);
+        vector sum[DOWN];
+        UNROLLED (int d = 0; d < DOWN; d++) sum[d] = (vector){0};
+        UNROLLED (int u = 0; u < (KERNEL_ROWS + SPACE - 1) / SPACE; u++) if (p + SPACE * u < KERNEL_ROWS)
+          UNROLLED (int j = 0; j < TAPS_A_ROW; j++) UNROLLED (int d = 0; d < DOWN; d++)
+            sum[d] += *(const vector *)(mine + (ABOVE + r + d + meets - u) * PITCH + c + j) * w[(p + SPACE * u) * TAPS_A_ROW + TAPS_A_ROW - 1 - j];
+        UNROLLED (int d = 0; d < DOWN; d++) *(vector *)(to + (first + (r + d) * SPACE) * WIDTH + c) = sum[d];
+      }
+    }
+  }
 }
 """
 
@@ -97,17 +117,19 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channel
   code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + LAY_OUT + FROM + CONVOLVE
   numbers = batch * channels * math.prod(out_size)
   return c_kernel("conv", code, numbers, numbers * math.prod(kernel), (x, weight, *([] if bias is None else [bias])),
-                  sizes | {"PADDING": padding, "FLIP": 0}, sizes["SCRATCH"])
+                  sizes | {"PADDING": padding}, sizes["SCRATCH"])
 
 
 def input_gradient(grad: Tensor, weight: Tensor, batch: int, channels: int, size: tuple[int, int], out_size: tuple[int, int],
                    kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
   """That of the input [batch*channels*H*W], as one row, from that of the output."""
   sizes = _laid_out(batch, channels, out_size, size, kernel, 1)
-  sizes |= {"SPACE": stride, "ABOVE": kernel[0] - 1 - padding, "BEFORE": kernel[1] - 1 - padding, "FLIP": 1}
+  # rows of zeros that the first and the last pixels' taps meet
+  above, below = -((padding - kernel[0] + 1) // stride), max(0, (size[0] - 1 + padding) // stride - out_size[0] + 1)
+  sizes |= {"PADDING": padding, "SPACE": stride, "ABOVE": above, "BEFORE": kernel[1] - 1 - padding,
+            "SCRATCH": (above + out_size[0] + below) * sizes["PITCH"]}
   products = batch * channels * math.prod(out_size) * math.prod(kernel)
-  return c_kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + SPREAD + FROM + CONVOLVE, batch * channels * math.prod(size), products,
-                  (grad, weight), sizes, sizes["SCRATCH"])
+  return c_kernel("conv_input_gradient", INPUT_GRADIENT, batch * channels * math.prod(size), products, (grad, weight), sizes, sizes["SCRATCH"])
 
 
 def weight_gradient(x: Tensor, grad: Tensor, batch: int, channels: int, size: tuple[int, int], out_size: tuple[int, int], kernel: tuple[int, int],
