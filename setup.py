@@ -34,7 +34,7 @@ setup(
                   "onnx": ONNX,   # examples/export.py
                   # runs examples/retinanet.ipynb; any editor or Jupyter shows it
                   "notebook": NOTEBOOK,
-                  "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.5", "av>=15.1",
+                  "test": ["pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.9", "import-linter>=2.5", "av>=15.1",
                            *MLPERF, *NOTEBOOK, *ONNX, *DISTRIBUTED],
                   # torchvision as the oracle of test/test_torch_*.py and the peer of examples/bench_retinanet.py --torch; nothing else imports it
                   "torch": ["torch==2.13.0", "torchvision==0.28.0"]},

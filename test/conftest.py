@@ -1,6 +1,15 @@
 """What holds for all tests."""
 import os
+import pytest
 
 # Compiling is most of a test's time. tinygrad's kernels are ready in half of it as plain loops; `NOOPT=0 python -m pytest` tests them as users have
 # them, as CI does with those against torch.
 os.environ.setdefault("NOOPT", "1")
+
+# Files of a minute or more. They go first: with one of them at the end, one of two processes has nothing to do.
+LONG = [f"test_{name}.py" for name in (
+  "train_yolo resume wiring faults export weights yolo_networks yolo_facts yolo_losses train_resnet mpi parts train assigners loop").split()]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -13,7 +13,8 @@ from tinydet.training.trainer import TrainerConfig, make_optimizer
 from tinydet.weights import checkpoint
 
 ROOT = Path(__file__).parents[1]
-TINY = "--backbone resnet10_quarter --size 64 --bs 4 --epochs 1 --workers 0 --wandb disabled --pictures 0 --run-name r".split()
+TINY = ("--backbone resnet10_quarter --size 64 --bs 4 --epochs 1 --workers 0 --wandb disabled --pictures 0 --run-name r "
+        "--trainable-layers 0 --norm frozen --optimizer sgd").split()   # few different kernels
 
 
 def write_data(folder, names=("cat", "dog"), ids=(1, 2), pictures=8):
