@@ -79,13 +79,15 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict gr
     float *to = out + item * OUT_H * WIDTH;
     for (int r = 0; r < HEIGHT; r++)
       for (int c = 0; c < COLUMNS; c++) mine[(r + ABOVE) * PITCH + c * SPACE + BEFORE] = plane[r * COLUMNS + c];
-    UNROLLED (int p = 0; p < SPACE; p++) {
-      const int first = (p + SPACE * PADDING - PADDING) % SPACE, meets = (first + PADDING) / SPACE, count = (OUT_H - first + SPACE - 1) / SPACE;
-      for (int row = 0; row < count; row += DOWN) for (int column = 0; column < WIDTH; column += LANES) {
-        const int r = LEAST(row, count - DOWN), c = LEAST(column, WIDTH - LANES);
+    for (int row = 0; row < WHOLE(OUT_H, SPACE); row += DOWN) for (int column = 0; column < WIDTH; column += LANES) {
+      const int c = LEAST(column, WIDTH - LANES);
+      UNROLLED (int p = 0; p < SPACE; p++) {
+        const int first = (p + SPACE * PADDING - PADDING) % SPACE, meets = (first + PADDING) / SPACE, count = WHOLE(OUT_H - first, SPACE);
+        const int r = LEAST(row, count - DOWN);
+        if (count < DOWN) continue;   // of so low a picture
         vector sum[DOWN];
         UNROLLED (int d = 0; d < DOWN; d++) sum[d] = (vector){0};
-        UNROLLED (int u = 0; u < (KERNEL_ROWS + SPACE - 1) / SPACE; u++) if (p + SPACE * u < KERNEL_ROWS)
+        UNROLLED (int u = 0; u < WHOLE(KERNEL_ROWS, SPACE); u++) if (p + SPACE * u < KERNEL_ROWS)
           UNROLLED (int j = 0; j < TAPS_A_ROW; j++) UNROLLED (int d = 0; d < DOWN; d++)
             sum[d] += *(const vector *)(mine + (ABOVE + r + d + meets - u) * PITCH + c + j) * w[(p + SPACE * u) * TAPS_A_ROW + TAPS_A_ROW - 1 - j];
         UNROLLED (int d = 0; d < DOWN; d++) *(vector *)(to + (first + (r + d) * SPACE) * WIDTH + c) = sum[d];
