@@ -5,10 +5,10 @@ Each row is measured by `bench_retinanet.py` in a process of its own, from cold 
 import json, os, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from tinydet.errors import UserError, exit_on_user_error
+from tinydet.errors import exit_on_user_error
 from tinydet.models import classifiers
 from tinydet.nn.layers import NORMS
-from tinydet.config import option, parse
+from tinydet.config import new_file, option, parse
 
 BASE = {"size": 128, "bs": 2, "classes": 10, "boxes": 10}
 SWEEPS = {"size": (128, 192, 256, 320), "bs": (1, 2, 4, 8), "classes": (10, 91, 264, 1000), "boxes": (1, 10, 100, 1000)}
@@ -21,7 +21,7 @@ class Config:
   norm: str = option("frozen", "the backbone's norm layers", choices=tuple(NORMS))
   steps: int = option(3, "steps to time after the first", minimum=1)
   postprocess_size: int = option(800, "pixels, of the picture whose outputs become detections; 0 skips it", minimum=0)
-  json: str | None = option(None, "file to write the numbers to")
+  json: str | None = option(None, "file to write the numbers to", parse=new_file)
 
 
 def measure(config: Config, settings: dict[str, int], with_postprocess: bool) -> dict[str, float] | None:
@@ -53,7 +53,6 @@ def table(name: str, rows: dict[int, dict[str, float] | None]) -> str:
 
 
 def main(config: Config) -> None:
-  if config.json is not None and not Path(config.json).absolute().parent.is_dir(): raise UserError(f"--json {config.json}: its folder does not exist")
   print(f"{config.backbone}, norm {config.norm}; where a table does not say otherwise: " + ", ".join(f"{k} {v}" for k, v in BASE.items()))
   print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}", flush=True)
   results: dict[str, dict[int, dict[str, float] | None]] = {}

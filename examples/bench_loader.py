@@ -42,10 +42,10 @@ def ours(data: Subset, size: int, mosaic: bool, workers: int = 0) -> Loader:
                 buckets=one_bucket(len(data), (size, size), fit.pad((size, size))))
 
 
-def table(gain: float, wraps: int, levels: int) -> np.ndarray:
-  """u8 [256]: what a gain makes of each value of a channel."""
-  values = np.arange(256) * gain
-  return (values % wraps if wraps else values.clip(0, levels - 1)).astype(np.uint8)
+def tables(gains: np.ndarray, turn: int) -> list[np.ndarray]:
+  """u8 [256] each: what the gains make of hue, which goes round at `turn`, saturation and value."""
+  levels = np.arange(256)
+  return [(levels * gains[0] % turn).astype(np.uint8), *((levels * gain).clip(0, 255).astype(np.uint8) for gain in gains[1:])]
 
 
 class Pillow:
@@ -72,8 +72,7 @@ class Pillow:
 
   @staticmethod
   def colours(image: Image.Image, gains: np.ndarray) -> np.ndarray:
-    tables = np.concatenate([table(gains[0], 256, 256), table(gains[1], 0, 256), table(gains[2], 0, 256)])
-    return np.asarray(image.convert("HSV").point(tables.tolist()).convert("RGB"))
+    return np.asarray(image.convert("HSV").point(np.concatenate(tables(gains, 256)).tolist()).convert("RGB"))
 
 
 class OpenCV:
@@ -101,23 +100,22 @@ class OpenCV:
 
   def colours(self, image: np.ndarray, gains: np.ndarray) -> np.ndarray:
     parts = self.cv2.split(self.cv2.cvtColor(image, self.cv2.COLOR_BGR2HSV))
-    tables = table(gains[0], 180, 180), table(gains[1], 0, 256), table(gains[2], 0, 256)
-    merged = self.cv2.merge([self.cv2.LUT(part, t) for part, t in zip(parts, tables)])
+    merged = self.cv2.merge([self.cv2.LUT(part, table) for part, table in zip(parts, tables(gains, 180))])
     return self.cv2.cvtColor(merged, self.cv2.COLOR_HSV2RGB)
 
 
-def theirs(library: Pillow | OpenCV, files: list[str], size: int, mosaic: bool, count: int, rng: np.random.Generator) -> None:
-  """`count` pictures u8 [size,size,3], in batches as a trainer wants them."""
+def theirs(library: Pillow | OpenCV, files: list[str], size: int, mosaic: bool, rng: np.random.Generator) -> None:
+  """A picture u8 [size,size,3] of each of `files`, in batches as a trainer wants them."""
   batch = np.empty((BATCH, size, size, 3), np.uint8)
-  for i in range(count):
+  for i, first in enumerate(files):
     if not mosaic:
-      sheet, image = library.sheet(size), library.read(files[i % len(files)], size)
+      sheet, image = library.sheet(size), library.read(first, size)
       width, height = library.size(image)
       library.paste(sheet, image, (size - width) // 2, (size - height) // 2)
       batch[i % BATCH] = np.asarray(sheet)
       continue
     sheet = library.sheet(2 * size)
-    for corner, file in enumerate([files[i % len(files)], *(files[j] for j in rng.integers(len(files), size=3))]):
+    for corner, file in enumerate([first, *(files[j] for j in rng.integers(len(files), size=3))]):
       image = library.read(file, size)
       width, height = library.size(image)
       library.paste(sheet, image, size - width if corner % 2 == 0 else size, size - height if corner < 2 else size)
@@ -139,6 +137,7 @@ def loaded(loader: Loader, epoch: int) -> None:
 def main(config: Config, words: tuple[str, ...]) -> None:
   if len(words) != 1: raise UserError("expected one folder of labelled pictures")
   data = open_dataset(words[0], "train")
+  if len(data) < BATCH: raise UserError(f"{words[0]}: its {len(data)} training pictures do not fill one batch of {BATCH}")
   data = Subset(data, min(config.images, len(data)) // BATCH * BATCH)
   files, rng = [data.image_name(i) for i in range(len(data))], np.random.default_rng(0)
   libraries = {"Pillow": Pillow(), "OpenCV": OpenCV()}
@@ -156,7 +155,7 @@ def main(config: Config, words: tuple[str, ...]) -> None:
 def turn(loader: Loader, files: list[str], size: int, mosaic: bool, libraries: list[Pillow | OpenCV], rng: np.random.Generator) -> list[float]:
   """Pictures a second of ours and of each library."""
   return [rate(lambda: loaded(loader, int(rng.integers(1000))), len(files)),
-          *(rate(partial(theirs, library, files, size, mosaic, len(files), rng), len(files)) for library in libraries)]
+          *(rate(partial(theirs, library, files, size, mosaic, rng), len(files)) for library in libraries)]
 
 
 def starving(loader: Loader, alone: float) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tinydet.runtime.device import require_device
 from tinydet.errors import UserError, exit_on_user_error
-from tinydet.config import as_dict, describe, option, parse, show_size, size
+from tinydet.config import as_dict, describe, new_file, option, parse, show_size, size
 from tinygrad import Context, Device, GlobalCounters, Tensor, TinyJit
 from tinygrad.nn import optim as tinygrad_optim
 from tinygrad.nn.state import get_state_dict
@@ -79,7 +79,7 @@ class Config:
   data: str | None = option(None, "a folder in COCO or Pascal VOC layout to load from, besides drawn pictures", group="the rest")
   postprocess_size: int = option(800, "pixels, of the picture whose outputs become detections; 0 skips it", minimum=0, group="the rest")
   postprocess_classes: int = option(91, "classes of those outputs, by default COCO's", minimum=1, group="the rest")
-  json: str | None = option(None, "file to write the numbers to", group="the rest")
+  json: str | None = option(None, "file to write the numbers to", parse=new_file, group="the rest")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- step
@@ -437,7 +437,6 @@ def main(config: Config) -> None:
   if config.plain + config.only_torch + (config.baseline or config.torch or config.second_run) > 1:
     raise UserError("--plain, --only-torch: each is measured instead of ours, --baseline, --torch, --second-run beside it: choose one of the three")
   if config.torch or config.only_torch: check_torch(config)
-  if config.json is not None and not Path(config.json).absolute().parent.is_dir(): raise UserError(f"--json {config.json}: its folder does not exist")
   if config.data is not None and config.data.startswith("shapes"): raise UserError(f"--data {config.data}: give a folder of files to read")
   if config.data is not None: open_dataset(config.data, "train")
   about = {"command": shlex.join([Path(__file__).name, *sys.argv[1:]]), "config": as_dict(config), "device": Device.DEFAULT,

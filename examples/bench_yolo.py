@@ -14,7 +14,7 @@ from PIL import Image
 from tinygrad import Context, Device
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
-from tinydet.config import option, parse
+from tinydet.config import new_file, option, parse
 from tinydet.detectors.detector import Detector
 from tinydet.errors import UserError, exit_on_user_error
 from tinydet.export import write_onnx
@@ -43,7 +43,7 @@ def peers(text: str) -> tuple[str, ...]:
 
 @dataclass
 class Config:
-  network: str = option(IN_TORCH, "the detector by name, such as retinanet_resnet50_fpn")
+  network: str = option(IN_TORCH, "the detector by name, such as retinanet_resnet50_fpn", parse=detectors.known)
   against: tuple = option(("torch", "onnxruntime"), "whom to measure against: torch, onnxruntime", parse=peers, show=",".join)
   size: int = option(640, "pixels, of square pictures", minimum=32)
   bs: tuple = option((1, 8), "batch sizes", parse=lambda text: tuple(map(int, text.split(","))), show=lambda sizes: ",".join(map(str, sizes)))
@@ -52,7 +52,7 @@ class Config:
   train: bool = option(False, "measure a training step: forward and backward pass, AdamW, clipping and the weights' average")
   boxes: int = option(24, "of each picture, with --train", minimum=1)
   second_process: bool = option(True, "time detect.py in a second process too")
-  json: str | None = option(None, "file to write the turns to")
+  json: str | None = option(None, "file to write the turns to", parse=new_file)
 
 
 class Task(NamedTuple):

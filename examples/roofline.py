@@ -30,7 +30,7 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.support import compiler_cuda
 from tinygrad.uop.ops import Ops, UOp
 from tinydet import detectors
-from tinydet.config import option, parse, show_size, size
+from tinydet.config import new_file, option, parse, show_size, size
 from tinydet.errors import exit_on_user_error
 from tinydet.runtime import compiling
 from tinydet.runtime.device import require_device
@@ -44,7 +44,7 @@ BOXES = 100   # a picture
 
 @dataclass
 class Config:
-  model: str = option("retinanet_resnet50_fpn", "any detector, by the name of its weights: retinanet_resnet18_fpn, yolov8n")
+  model: str = option("retinanet_resnet50_fpn", "any detector, by the name of its weights: retinanet_resnet18_fpn, yolov8n", parse=detectors.known)
   size: tuple = option((800, 800), "pixels the network sees: 800, or width x height as 192x144", parse=size, show=show_size)
   bs: int = option(16, "pictures a step", minimum=1)
   classes: int = option(91, "classes of the detector", minimum=1)
@@ -56,7 +56,7 @@ class Config:
   cache: float = option(5500.0, "GB/s of its second cache", minimum=0.001)
   launch: float = option(1.5, "microseconds between two kernels of a captured graph", minimum=0.0)
   top: int = option(10, "kernels to list", minimum=0)
-  json: str | None = option(None, "file to write all kernels to")
+  json: str | None = option(None, "file to write all kernels to", parse=new_file)
 
 
 @dataclass
@@ -106,8 +106,8 @@ def capture(config: Config) -> list[Kernel]:
   def kept(*args, make=compiling.make) -> UOp:
     graphs.append(make(*args))
     return graphs[-1]
-  canvas, bs, dtype = config.size[::-1], config.bs, DTYPES[config.dtype]
-  detector = detectors.build(config.model, config.classes)
+  detector, bs, dtype = detectors.build(config.model, config.classes), config.bs, DTYPES[config.dtype]
+  canvas = detector.fit(config.size).canvas()
   Tensor.realize(*get_state_dict(detector.network).values(), *detector.constants(canvas))
   images = Tensor(np.zeros((bs, *canvas, 3), np.uint8)).realize()
   with patch.object(compiling, "make", kept):

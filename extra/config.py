@@ -26,6 +26,12 @@ def option(default: Any, help: str, *, choices: Sequence | None = None, minimum:
   return dataclasses.field(default=default, metadata=about)
 
 
+def new_file(text: str) -> str:
+  """Parse the name of a file that is written at the end; ValueError where its folder is not there."""
+  if not Path(text).absolute().parent.is_dir(): raise ValueError("its folder does not exist")
+  return text
+
+
 def size(text: str) -> tuple[int, int]:
   """Parse "800" or "192x144" (width x height, pixels) into (width, height); ValueError otherwise. For `option(parse=size, show=show_size)`."""
   match = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text.strip().lower())

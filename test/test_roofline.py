@@ -2,6 +2,8 @@
 import importlib.util, json, subprocess, sys
 from pathlib import Path
 import pytest
+from tinydet.config import parse
+from tinydet.errors import UserError
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "roofline.py"
 spec = importlib.util.spec_from_file_location("program_roofline", PROGRAM)
@@ -14,6 +16,13 @@ spec.loader.exec_module(program := importlib.util.module_from_spec(spec))
 def test_what_a_kernel_waits_for(flop, touched, asked, matrix, seconds, limit):
   kernel = program.Kernel("k", flop, touched, asked, matrix, "")
   assert kernel.least(program.Config()) == (pytest.approx(seconds), limit)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+  (["--model", "yolov8"], "--model yolov8: no such detector; did you mean"),
+  (["--json", "none/x.json"], "--json none/x.json: its folder does not exist")])
+def test_bad_input_is_said_before_anything_is_made(flags, message):
+  with pytest.raises(UserError, match=message): parse(program.Config, {}, flags, {})
 
 
 @pytest.mark.by_hand

@@ -25,8 +25,18 @@ def build(name: str, num_classes: int, **options: Any) -> Detector:
   candidates. ValueError for a name that no family knows."""
   for family in FAMILIES:
     if name in family.NAMES: return family.build(name, num_classes, **options)
+  raise ValueError(f"{name!r} is no detector{_mend(name)}")
+
+
+def known(name: str) -> str:
+  """Parse the name of a detector. For `option(parse=known)`."""
+  if name not in known_names(): raise ValueError(f"no such detector{_mend(name)}")
+  return name
+
+
+def _mend(name: str) -> str:
   close = difflib.get_close_matches(name, known_names(), 3)
-  raise ValueError(f"{name!r} is no detector" + (f"; did you mean {', '.join(close)}?" if close else f": choose from {', '.join(known_names())}"))
+  return f"; did you mean {', '.join(close)}?" if close else f": choose from {', '.join(known_names())}"
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str, Any]] | None:

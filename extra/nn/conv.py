@@ -54,7 +54,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
   as torch crops them: what a stride does not reach gets gradient 0. Needs padding < kernel size."""
   if kernel_cpu.fits(x, weight):
     return conv_cpu.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, groups, silu).cast(dtype or x.dtype)
-  out = _padded(x, weight, stride, padding, groups) if _odd_tiles(x, weight, groups) else _convolved(x, weight, stride, padding, groups)
+  out = _padded(x, weight, stride, padding) if _odd_tiles(x, weight, groups) else _convolved(x, weight, stride, padding, groups)
   if bias is not None: out = out + bias.reshape(1, -1, 1, 1)
   return (out * out.sigmoid() if silu else out).cast(dtype or x.dtype)
 
@@ -66,11 +66,11 @@ def _odd_tiles(x: Tensor, weight: Tensor, groups: int) -> bool:
   return groups == 1 and x.dtype.itemsize == 2 and tiles > 8 and all(tiles % n for n in (2, 3, 5))
 
 
-def _padded(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+def _padded(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
   """The same with one tile more, of zeros, which are computed and left out."""
   channels = weight.shape[0]
   more = -channels % 8 + 8
-  return _convolved(x, weight.pad(((0, more), None, None, None)), stride, padding, groups).contiguous()[:, :channels]
+  return _convolved(x, weight.pad(((0, more), None, None, None)), stride, padding, 1).contiguous()[:, :channels]
 
 
 def _convolved(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:

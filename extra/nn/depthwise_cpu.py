@@ -69,7 +69,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
 # Gradient [BATCH, CHANNELS, OUT_H, WIDTH] of the input behind a stride of SPACE. That of the output lies with zeros between its columns. Taps of one
 # phase meet pixels of one phase: rows p, p + SPACE, ... of the kernel the rows whose number and the padding leave p.
 INPUT_GRADIENT = """
-enum { DOWN = LEAST(LEAST(OUT_H / SPACE + !(OUT_H / SPACE), 4), OUT_H) };
+enum { DOWN = OUT_H < SPACE ? 1 : LEAST(OUT_H / SPACE, 4) };
 void NAME(float *restrict out, float *restrict scratch, const float *restrict gradient, const float *restrict weight, int core) {
   float *mine = scratch + (long)core * SCRATCH;
   const long items = (long)BATCH * CHANNELS;
