@@ -82,6 +82,22 @@ def test_gradients_of_weights_in_pieces(case, cores, monkeypatch):
   np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6 * abs(expected).max())
 
 
+@pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], DEPTHWISE[2]], ids=str)
+def test_two_devices_share_the_pictures(case):
+  """Each by the same kernels; a gradient that is the same number everywhere has no parts yet."""
+  case = (2 * case[0], *case[1:])
+  *_, stride, padding, groups = case
+  x, w, bias, r, out, back = draw(case)
+  names = ("CPU", "CPU:1")
+  tensors = [Tensor(a).shard(names, axis) for a, axis in ((x, 0), (w, None), (bias, None))]
+  assert kernel_cpu.fits(*tensors)
+  ours = conv2d(*tensors, stride, padding, groups)
+  weighted = (ours * Tensor(r).shard(names, 0)).sum().gradient(*tensors)
+  Tensor.realize(*(found := [ours, *weighted, *ours.sum().gradient(*tensors)]))
+  for a, expected in zip(found, [out, *back(r), *back(np.ones_like(r))], strict=True):
+    np.testing.assert_allclose(a.numpy(), expected, rtol=1e-5, atol=1e-5 * expected.std() + 2e-6)
+
+
 def test_tinygrads_own_convolution_gives_the_same():
   case = CASES[3]
   *_, stride, padding, groups = case

@@ -1,10 +1,13 @@
 """Layers against float64 numpy, and what a seed promises about first values."""
-import math
+import gc, math, weakref
 import numpy as np, pytest
 from tinygrad import Context, GlobalCounters, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
+from tinygrad.uop.ops import Ops
 from tinydet.nn import init, layers
+from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import NORMS, BatchNorm, Conv2d, FrozenBatchNorm, GroupNorm, LayerNorm, Linear
+from tinydet.nn.pool import max_pool, max_pool_same
 
 SHAPE = (3, 8, 5, 4)
 RNG = np.random.default_rng(0)
@@ -152,6 +155,20 @@ class Larger(Small):
 def values(model, seed=0):
   init.initialize(model, lambda key, shape: init.normal(0.5) if len(shape) > 1 else init.constant(0.25), seed)
   return {key: t.numpy() for key, t in get_state_dict(model).items()}
+
+@pytest.mark.parametrize("layer", [
+  lambda x: conv2d(x, Tensor.ones(4, 4, 3, 3), Tensor.zeros(4), stride=2, padding=1, silu=True), max_pool, lambda x: max_pool_same(x, 5),
+  lambda x: BatchNorm(4)(x, "silu")], ids=["conv2d", "max_pool", "max_pool_same", "BatchNorm"])
+def test_what_is_dropped_is_gone(layer):
+  """tinygrad keeps a function as long as what its gradient refers to: if that comes from the function, for ever."""
+  with Context(TRAINING=1):
+    x = Tensor.ones(2, 4, 8, 8).contiguous()
+    out = layer(x)
+    gradient, = out.square().sum().gradient(x)
+  watched = [weakref.ref(u) for u in gradient.uop.toposort() if u.op is Ops.FUNCTION]
+  del out, gradient, x
+  gc.collect()
+  assert watched and not any(ref() for ref in watched)
 
 
 def test_first_values_belong_to_seed_and_key():

@@ -1,6 +1,6 @@
 """Detectors by name, and which one a file of weights belongs to. `Detector` is what every program asks of one; a family is a module here with
 `NAMES`, `build(name, num_classes, **options)` and `recognise(shapes)`."""
-import difflib
+import difflib, re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ def known(name: str) -> str:
 
 def _mend(name: str) -> str:
   close = difflib.get_close_matches(name, known_names(), 3)
-  return f"; did you mean {', '.join(close)}?" if close else f": choose from {', '.join(known_names())}"
+  if close: return f"; did you mean {', '.join(close)}?"
+  kinds = dict.fromkeys(re.sub(r"^([a-z]+)_\w+_fpn", r"\1_BACKBONE_fpn", known) for known in known_names())   # one for seventy backbones
+  return f": choose from {', '.join(kinds)}; docs/networks.md has the backbones"
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, dict[str, Any]] | None:

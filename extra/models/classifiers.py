@@ -6,6 +6,7 @@ from tinygrad.nn.state import get_state_dict
 from tinydet.models import (alexnet, convnext, densenet, efficientnet, googlenet, inception, mnasnet, mobilenet, regnet, resnet, shufflenet,
                             squeezenet, vgg)
 from tinydet.models.classifier import Classifier
+from tinydet.models.layer_list import AUXILIARY
 from tinydet.nn import init
 
 # Each has NETWORKS, what makes a network of a number of classes and a kind of norm, and MARK, tensors one of which is in all of its networks and in
@@ -14,7 +15,7 @@ FAMILIES: tuple[ModuleType, ...] = (resnet, alexnet, vgg, squeezenet, densenet, 
                                     regnet, convnext)
 NETWORKS = {name: make for family in FAMILIES for name, make in family.NETWORKS.items()}
 NAMES = tuple(NETWORKS)
-AUXILIARIES = ("AuxLogits.", "aux1.", "aux2.", "auxiliary.")   # how the names begin of what learns beside the classes and may be missing from a file
+AUXILIARIES = ("AuxLogits.", "aux1.", "aux2.", AUXILIARY)   # how the names begin of what learns beside the classes and may be missing from a file
 
 
 def made(name: str, num_classes: int | None = 1000, norm: str = "batch") -> Classifier:

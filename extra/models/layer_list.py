@@ -5,6 +5,8 @@ from tinygrad import Tensor
 from tinydet.models.yolo_blocks import AnchorDetect, Detect, joined
 from tinydet.nn.pool import max_pool_2x2, upsample
 
+AUXILIARY = "auxiliary."   # how the names of layers for training alone begin
+
 
 class Layer(NamedTuple):
   """One layer of a list: `make(in_channels)` gives it, `channels` are what it makes (None: all that it takes), `sources` the layers that it takes,
@@ -100,7 +102,7 @@ class LayerList:
     """How the names of tensors begin, from the last part to the first."""
     last, body = len(self.model) - 1, self.ends["backbone"]
     def names(first: int, end: int) -> tuple[str, ...]: return tuple(f"model.{number}." for number in range(first, end))
-    beside = {"auxiliary": ("auxiliary.",)} if self.auxiliary else {}
+    beside = {"auxiliary": (AUXILIARY,)} if self.auxiliary else {}
     return beside | ({"head": names(last, last + 1)} if self.whole_head else {}) | {"neck": names(body, last), "backbone": names(0, body)}
 
   def _run(self, outputs: dict[int, Any], first: int, end: int, x: Tensor | None) -> dict[int, Any]:
@@ -119,7 +121,7 @@ class LayerList:
   @property
   def class_branches(self) -> tuple[str, ...]:
     """How the names of tensors begin whose width may follow the number of classes."""
-    beside = [f"auxiliary.{len(self.auxiliary) - 1}.cv3."] if self.auxiliary else []
+    beside = [f"{AUXILIARY}{len(self.auxiliary) - 1}.cv3."] if self.auxiliary else []
     return (*(f"model.{len(self.model) - 1}.{branch}." for branch in ("cv3", "one2one_cv3")), *beside)
 
 

@@ -10,7 +10,7 @@ window reaches over the end of a row is left out; in gradients it meets zeros.""
 import functools, math
 from tinygrad import Tensor, UOp
 from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu
-from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of, run
+from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, divide, parts_of, run, shards
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.
@@ -137,8 +137,10 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   """2-D convolution in float32, with its gradients: x [B,Cin,H,W], weight [Cout,Cin/groups,KH,KW], bias [Cout] -> [B,Cout,OH,OW], with `silu` through
   SiLU, which costs nothing where a number is in a register anyway. On the way back the convolution is then run once more.
 
-  For tensors that `fits` takes."""
-  (batch, channels, *size), (out_channels, per_group, *kernel) = x.shape, weight.shape
+  For tensors that `fits` takes. Of pictures divided among devices each computes its own, and the weight's gradients are added."""
+  # `gradient` is kept with the graph, and with it what it refers to: no tensors, or they stay as long
+  (pictures, channels, *size), (out_channels, per_group, *kernel), shape, biased = x.shape, weight.shape, weight.shape, bias is not None
+  batch = pictures // (devices := shards(x))
   size, kernel, outs = tuple(size), tuple(kernel), out_channels // groups
   out_size = tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel))
   over = [(k - 1) // stride for k in kernel]
@@ -182,24 +184,25 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)
-    return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, weight.shape, size, stride, padding, place)
+    return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, shape, size, stride, padding, place)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
-    x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + (bias is not None)])
+    x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + biased])
     g = Tensor(grad)
     if silu:
       before = run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
       g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
-    g = g.reshape(batch, out_channels, *out_size)
+    g = divide(g.reshape(pictures, out_channels, *out_size), devices)
     if padded: g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1])))
     g = g.reshape(-1).contiguous()
     of_x, of_weight = run(input_gradient, g, flat_weight), run(weight_gradient, x, g)
+    if devices > 1: of_weight = of_weight.reshape(devices, -1).sum(0)
     if padded:   # the phases of the stride are woven together
-      of_x = of_x.reshape(batch, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2)
+      of_x = of_x.reshape(pictures, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2)
       of_x = of_x.pad((None, None, (0, stride - phases[0]), (0, stride - phases[1]), None, None)).permute(0, 1, 4, 2, 5, 3)
-      of_x = of_x.reshape(batch, channels, rows * stride, pitch * stride)
+      of_x = of_x.reshape(pictures, channels, rows * stride, pitch * stride)
       of_x = of_x.pad((None, None, *((0, max(0, padding + side - length * stride)) for side, length in zip(size, (rows, pitch)))))
       of_x = of_x.shrink((None, None, *((padding, padding + side) for side in size))).reshape(-1)
-    return of_x.uop, of_weight.uop, *([] if bias is None else [g.reshape(batch, out_channels, -1).sum((0, 2)).uop])
+    return of_x.uop, of_weight.uop, *([g.reshape(pictures, out_channels, -1).sum((0, 2)).uop] if biased else [])
 
-  return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(batch, out_channels, *out_size)
+  return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(pictures, out_channels, *out_size)

@@ -7,8 +7,9 @@ from tinydet.parts import take
 
 _parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
               "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo", "tinygrad.uop.ops:Ops.PROGRAM",
-              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", instead="convolutions on the CPU are tinygrad's own, several times slower")
-if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_ = _parts
+              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", "tinygrad:UOp.unshard",
+              "tinygrad:UOp._shard", "tinygrad.uop.ops:AxisType", instead="convolutions on the CPU are tinygrad's own, several times slower")
+if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
 
@@ -92,8 +93,24 @@ def _renderer() -> Any: return Device["CPU"].renderer
 
 
 def fits(*tensors: Tensor) -> bool:
-  """Whether these kernels can compute with `tensors`: all are on one CPU, and its kernels are C."""
-  return bool(_parts) and all(t.device == "CPU" for t in tensors) and isinstance(_renderer(), ClangRenderer)
+  """Whether these kernels can compute with `tensors`: all are on the CPU, or on the same several CPU devices and there divided by their first axis or
+  not at all, and its kernels are C."""
+  names = _names(tensors[0])
+  return bool(_parts) and all(_names(t) == names and t.uop.axis in (None, 0) for t in tensors) and \
+    all(name.partition(":")[0] == "CPU" for name in names) and isinstance(_renderer(), ClangRenderer)
+
+
+def shards(x: Tensor) -> int:
+  """Among how many devices the first axis of `x` is divided."""
+  return len(_names(x)) if x.uop.axis == 0 else 1
+
+
+def divide(x: Tensor, devices: int) -> Tensor:
+  """`x` with its first axis divided among its devices, so many, each of which has it whole or its own part already."""
+  return x if shards(x) == devices else Tensor(x.uop._shard(0, UOp.range(devices, -1, AxisType.DEVICE)).unshard(0))
+
+
+def _names(tensor: Tensor) -> tuple[str, ...]: return tensor.device if isinstance(tensor.device, tuple) else (tensor.device,)
 
 
 def parts_of(products: int) -> int:
@@ -104,7 +121,8 @@ def parts_of(products: int) -> int:
 def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int],
              scratch: int = 0) -> Any:
   """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each, or of several sizes a tuple of such results,
-  where a tensor is one that it changes in place; `products` are its multiplications.
+  where a tensor is one that it changes in place; `products` are its multiplications. Where `tensors` are divided among devices, all this is of one
+  device's part, and so are the results divided.
 
   `code` defines the function NAME(outs..., scratch, tensors..., core), where `scratch` numbers of memory for a part are asked for, else NAME(outs...,
   tensors..., core); `sizes` are the capitals in it."""
@@ -115,13 +133,19 @@ def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], product
 
   def program(*arguments: UOp) -> UOp:
     core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
-    moved = 4 * sum(t.numel() if isinstance(t, Tensor) else t for t in (*written, *tensors))
+    moved = 4 * sum(t.numel() // shards(t) if isinstance(t, Tensor) else t for t in (*written, *tensors))
     sink = UOp.sink(arg=KernelInfo(name=name, estimates=Estimates(2 * products, moved, moved)))
     numbers = tuple(range(len(arguments)))
     info = ProgramInfo(name, (cores, 1, 1), (1, 1, 1), (core,), numbers, numbers[:len(outs)], numbers[len(outs):], _renderer().target)
     return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.LINEAR, src=(*arguments, core)), UOp(Ops.SOURCE, arg=source)), arg=info)
 
-  first, *rest = (t if isinstance(t, Tensor) else Tensor.invalids(t, dtype=dtypes.float32, device="CPU") for t in outs)
+  divided = any(shards(t) > 1 for t in tensors)
+
+  def memory(numbers: int) -> Tensor:
+    made = Tensor.invalids(numbers, dtype=dtypes.float32, device=tensors[0].device)
+    return Tensor(made.uop.unshard(0)) if divided else made
+
+  first, *rest = (t if isinstance(t, Tensor) else memory(t) for t in outs)
   results = tuple(first.custom_kernel(*rest, *tensors, fxn=program)[:len(written)])
   return results[0] if isinstance(size, int) else results
 

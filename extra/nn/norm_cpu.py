@@ -128,17 +128,17 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: 
   mean and variance f32 [C] that it had, which have no gradient. For tensors that `kernel_cpu.fits` takes."""
   batch, channels, height, width = x.shape
   sizes = {"BATCH": batch, "CHANNELS": channels, "COUNT": height * width, "EPSILON": eps}
-  code, amount = ACTIVATIONS[activation], x.numel() * WORK
+  code, numbers, amount = ACTIVATIONS[activation], x.numel(), x.numel() * WORK
 
   def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return c_kernel("batch_norm", OVER + code + FORWARD, (x.numel(), channels, channels), amount, tensors, sizes)
+    return c_kernel("batch_norm", OVER + code + FORWARD, (numbers, channels, channels), amount, tensors, sizes)
 
   def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return c_kernel("batch_norm_gradient", OVER + code + BACKWARD, (x.numel(), channels, channels), 2 * amount, tensors, sizes)
+    return c_kernel("batch_norm_gradient", OVER + code + BACKWARD, (numbers, channels, channels), 2 * amount, tensors, sizes)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
-    # Mean and variance as they lie in memory: the call's own would have the kernel run once more.
-    return tuple(t.uop for t in run(backward, Tensor(grad), *(Tensor(u) for u in call.src[1:4]), mean, variance))
+    # Mean and variance as they lie in memory, where `run` has them: without contiguous the kernel would run once more.
+    return tuple(t.uop for t in run(backward, Tensor(grad), *map(Tensor, call.src[1:4]), *(Tensor(call.gettuple(i).contiguous()) for i in (1, 2))))
 
   out, mean, variance = run(forward, x, weight, bias, gradient=gradient)
   return out.reshape(x.shape), mean.detach(), variance.detach()

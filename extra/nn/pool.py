@@ -29,7 +29,7 @@ def _max_pool(x: Tensor, padding: int, rows: int, columns: int) -> Tensor:
   def forward(x: Tensor) -> Tensor: return windows(x).max_pool2d(3, 2)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp]:
-    x = Tensor(call.src[1])
+    x, out = Tensor(call.src[1]), Tensor(call.gettuple(0).contiguous())
     padded = windows(x)
     taps = [padded[:, :, p:p + 2 * rows:2, q:q + 2 * columns:2] for p in range(3) for q in range(3)]
     share = (Tensor(grad) / sum((tap == out).cast(grad.dtype) for tap in taps)).contiguous()
@@ -52,8 +52,7 @@ def _max_pool(x: Tensor, padding: int, rows: int, columns: int) -> Tensor:
       parts.append(there.where(each_pixel(share, down, right), 0))
     return (sum(parts[1:], parts[0]).cast(x.dtype).uop,)
 
-  out = function(forward, grad_fxn=gradient)(x).contiguous()
-  return out
+  return function(forward, grad_fxn=gradient)(x).contiguous()
 
 
 def max_pool_same(x: Tensor, size: int) -> Tensor:
@@ -88,15 +87,14 @@ def _windows(x: Tensor, axis: int, before: int, after: int) -> Tensor:
   def forward(x: Tensor) -> Tensor: return functools.reduce(Tensor.maximum, views(x, before, after, -math.inf))
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp]:
-    x = Tensor(call.src[1])
+    x, out = Tensor(call.src[1]), Tensor(call.gettuple(0).contiguous())
     equal = sum((view == out).cast(grad.dtype) for view in views(x, before, after, -math.inf))
     share = (Tensor(grad) / equal).contiguous()
     # an element is in the windows of those that it is `before` ahead of, and so on
     parts = [(x == largest).where(part, 0) for largest, part in zip(views(out, after, before, math.inf), views(share, after, before, 0))]
     return (functools.reduce(Tensor.add, parts).cast(x.dtype).contiguous().uop,)
 
-  out = function(forward, grad_fxn=gradient)(x).contiguous()
-  return out
+  return function(forward, grad_fxn=gradient)(x).contiguous()
 
 
 def _even(x: Tensor, ceil: bool, value: float) -> Tensor:

@@ -18,10 +18,11 @@ _owner: list[int] = []   # the process whose device it is
 _settings = take(*(f"tinygrad.helpers:{name}" for name in ("DEBUG", "NUM_CPU_THREADS", "PARALLEL")), instead="kernels run on one core")
 _program = take("tinygrad.runtime.ops_cpu:CPUProgram", "tinygrad.device:TinyELF", "tinygrad.renderer.cstyle:ClangRenderer",
                 instead="the parts of a kernel run one after another") if _settings else None
-_graph = take("tinygrad.engine.jit:GraphRunner", instead="kernels on the CPU are started one by one") if _program else None
+_graph = take("tinygrad.engine.jit:GraphRunner", "tinygrad.engine.jit:GraphRunner._all_devs", "tinygrad.device:MultiBuffer",
+              "tinygrad.uop.ops:Ops.PROGRAM", instead="kernels on the CPU are started one by one") if _program else None
 if _settings: DEBUG, NUM_CPU_THREADS, PARALLEL = _settings
 CPUProgram, TinyELF, ClangRenderer = _program or (object,) * 3
-GraphRunner = (_graph or (object,))[0]
+GraphRunner, _, MultiBuffer, _Program = _graph or (object,) * 4
 
 # `kernels` has a row for each kernel: its address, its parts, its number of words, where they begin in `words`, and the one that is a part's number,
 # or -1. Any number of threads walk through the list with the same counters, which begin at 0: parts taken, and parts done, of each kernel. A kernel
@@ -55,15 +56,15 @@ void walk(const word *kernels, word count, const word *words, word *taken, word 
 """
 
 
-def use_all_cores() -> None:
-  """Let kernels that this process runs on the CPU use as many cores as tinygrad's NUM_CPU_THREADS says, by default all of them. UserError in a fork
-  of a process that did so."""
+def use_all_cores(*names: str) -> None:
+  """Let kernels that this process runs on the CPU device, and on others of its kind that `names` has among others, use as many cores as tinygrad's
+  NUM_CPU_THREADS says, by default all of them. UserError in a fork of a process that did so."""
   if _owner: refuse_in_fork(_owner[0])
   else: _owner.append(os.getpid())
-  device = Device["CPU"]
-  if not _program or not isinstance(device.renderer, ClangRenderer): return   # other renderers' kernels take their arguments another way
-  device.runtime_t = ThreadedProgram
-  if _graph and DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
+  for device in (Device[name] for name in dict.fromkeys(("CPU", *names)) if name.partition(":")[0] == "CPU"):
+    if not _program or not isinstance(device.renderer, ClangRenderer): return   # other renderers' kernels take their arguments another way
+    device.runtime_t = ThreadedProgram
+    if _graph and DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one
 
 
 def share_cores(processes: int) -> None:
@@ -126,23 +127,27 @@ class CPUGraph(GraphRunner):
   def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
     super().__init__(linear, input_uops)
     rows, words = [], []
-    inputs: dict[int, list[int]] = {}   # number of an input -> the places of its address
-    for (_, program, bufs, device_vars), runtime, replaced in zip(self.calls, self.runtimes, self.uop_replace):
+    inputs: dict[tuple[int, int], list[int]] = {}   # number of an input, and of its part -> the places of its address
+    for (part, program, bufs, device_vars), runtime, replaced in zip(self.calls, self.runtimes, self.uop_replace):
       buffers, values = [bufs[i].get_buf(runtime.dev.device) for i in program.arg.globals], program.arg.vals(device_vars)
       for position, number in replaced:
-        if position in program.arg.globals: inputs.setdefault(number, []).append(len(words) + program.arg.globals.index(position))
+        if position in program.arg.globals: inputs.setdefault((number, part), []).append(len(words) + program.arg.globals.index(position))
       rows.append(_row(runtime, program.arg.launch_dims(device_vars)[0][0], len(buffers) + len(values), len(words)))
       words += [*(buf.va_addr for buf in buffers), *(value or 0 for value in values)]
     self.kernels, self.words = np.array(rows, np.int64), np.array(words, np.int64)
-    self.inputs = {number: np.array(places) for number, places in inputs.items()}
+    self.inputs = {which: np.array(places) for which, places in inputs.items()}
 
   @staticmethod
   def supports_uop(batch_devs: list[Any], new_call: UOp) -> bool:
-    return GraphRunner.supports_uop(batch_devs, new_call) and set(new_call.src[0].arg.runtimevars) == {v.expr for v in new_call.src[0].arg.vars}
+    # CPU devices share one memory, so that a list may have kernels of several
+    return new_call.src[0].op is _Program and {type(device) for device in GraphRunner._all_devs(batch_devs, new_call)} == {type(Device["CPU"])} \
+      and set(new_call.src[0].arg.runtimevars) == {v.expr for v in new_call.src[0].arg.vars}
 
   def __call__(self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False) -> float | None:
     refuse_in_fork(_owner[0])
-    for number, places in self.inputs.items(): self.words[places] = input_uops[number].buffer.ensure_allocated()._buf.va_addr
+    for (number, part), places in self.inputs.items():
+      buffer = input_uops[number].buffer
+      self.words[places] = (buffer.bufs[part] if isinstance(buffer, MultiBuffer) else buffer).ensure_allocated()._buf.va_addr
     _run(self.kernels, self.words)
     GlobalCounters.kernel_count += len(self.kernels) - 1   # tinygrad counts the graph as one
     return None

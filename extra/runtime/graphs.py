@@ -55,7 +55,7 @@ def jit(function: Callable) -> Callable:
       if graph is not None and not _replaced(used): return graph(*tensors)
       graphs.pop(key, None)
       devices = [device for t in tensors for device in (t.device if isinstance(t.device, tuple) else (t.device,))]
-      if "CPU" in devices: use_all_cores()   # whoever calls: a program that has asked for the device has them, a library's user too
+      if "CPU" in devices: use_all_cores(*devices)   # whoever calls: a program that has asked for the device has them, a library's user too
       random.prepare(*devices)
       alive = _alive()
       with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspaces)

@@ -5,6 +5,7 @@ from typing import Any, TextIO
 import numpy as np
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
+from tinydet.models.layer_list import AUXILIARY
 from tinydet.nn.init import set_values
 from tinydet.weights import checkpoint
 from tinydet.training.optim import Optimizer
@@ -57,7 +58,7 @@ class Checkpoints:
     """Write `weights`, by default those of now, less layers for training alone, to `folder`/best.safetensors, in half precision if asked; reported
     where it fails, and the run goes on."""
     if self.ranks.rank: return
-    weights = {key: value for key, value in (self.weights() if weights is None else weights).items() if not key.startswith("auxiliary.")}
+    weights = {key: value for key, value in (self.weights() if weights is None else weights).items() if not key.startswith(AUXILIARY)}
     try: save_weights(self.folder / "best.safetensors", weights, self.about | metadata, half)
     except UserError as e: warn(f"{e}: the run goes on, and tries again after the next evaluation that is the best")
 
