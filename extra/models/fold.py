@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor
 from tinydet.models.yolo_blocks import Conv
-from tinydet.nn.init import set_values
+from tinydet.nn.init import set_all
 from tinydet.nn.layers import BatchNorm, Conv2d
 
 
@@ -43,5 +43,4 @@ def _with_norm(conv: Conv2d | None, norm: BatchNorm, kernel: int) -> tuple[np.nd
 
 def _set(conv: Conv, weight: np.ndarray, bias: np.ndarray) -> None:
   conv.bn, conv.conv.bias = None, Tensor.empty(len(bias))
-  set_values(conv.conv.weight, weight)
-  set_values(conv.conv.bias, bias)
+  set_all([(conv.conv.weight, weight), (conv.conv.bias, bias)])

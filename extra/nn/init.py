@@ -1,12 +1,13 @@
 """Weight initialisation, drawn with numpy: the same values on every device, and no kernel to compile for any of them."""
 import math, zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
 from tinydet.parts import take
 
 _numpy = take("tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:_from_np_dtype", instead="weights are put on the device as they come, and cast there")
+TOGETHER = 256   # tensors that get their values at a time
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
@@ -52,24 +53,39 @@ def normalization(key: str) -> Draw:
 def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed: int = 0) -> None:
   """Fill every tensor of `model`'s state dict with what `rule(key, shape)` draws, each from a generator of its own (seed, key): adding a layer leaves
   the others as they were."""
-  for key, tensor in get_state_dict(model).items():
-    values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
-    set_values(tensor, values)
+  set_all((tensor, rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape))
+          for key, tensor in get_state_dict(model).items())
 
 
 def set_values(tensor: Tensor, values: np.ndarray) -> None:
   """Put host `values` of the same shape into `tensor`, which keeps its dtype and whether it is learnt."""
-  values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
-  is_param = tensor.is_param
-  # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-  new = put(values, tensor.device or Device.DEFAULT)
-  tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param).realize()
+  set_all([(tensor, values)])
+
+
+def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
+  """`set_values` of many, `TOGETHER` at a time: whenever something is realised, tinygrad looks through all tensors there are."""
+  waiting: list[Tensor] = []
+  for tensor, values in pairs:
+    values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
+    is_param = tensor.is_param
+    # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
+    new = _on_device(values, tensor.device or Device.DEFAULT)
+    waiting.append(tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param))
+    if len(waiting) == TOGETHER:
+      Tensor.realize(*waiting)
+      waiting.clear()
+  if waiting: Tensor.realize(*waiting)
 
 
 def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
-  """A realised tensor of host `values` on `device`. On the CPU they are copied to its memory: tinygrad would schedule the copy, which takes several
+  """A realised tensor of host `values` on `device`."""
+  return _on_device(values, device).realize()
+
+
+def _on_device(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
+  """`values` on `device` once they are realised. On the CPU they are copied to its memory: tinygrad would schedule the copy, which takes several
   times as long as it."""
-  if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device).realize()
+  if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device)
   tensor = Tensor.empty(*values.shape, dtype=_numpy[1](values.dtype), device="CPU")
   memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
   np.copyto(np.frombuffer(memory, values.dtype).reshape(values.shape), values)

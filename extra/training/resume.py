@@ -6,7 +6,7 @@ import numpy as np
 from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet.models.layer_list import AUXILIARY
-from tinydet.nn.init import set_values
+from tinydet.nn.init import set_all
 from tinydet.weights import checkpoint
 from tinydet.training.optim import Optimizer
 from tinydet.runtime.mpi import ALONE, Ranks
@@ -137,4 +137,4 @@ def restore(model: Any, optimizer: Optimizer, tensors: dict[str, np.ndarray], na
     raise UserError(f"{name}: is of another network or optimiser; {len(odd)} tensors differ, {', '.join(odd[:4])} for example")
   for key, tensor in wanted.items():
     if tensors[key].shape != tensor.shape: raise UserError(f"{name}: {key} has shape {tensors[key].shape}, this run needs {tensor.shape}")
-  for key, tensor in wanted.items(): set_values(tensor, tensors[key])
+  set_all((tensor, tensors[key]) for key, tensor in wanted.items())

@@ -8,7 +8,7 @@ from tinygrad.nn.state import get_state_dict
 from tinydet.errors import UserError
 from tinydet import models
 from tinydet.models import classifiers, densenet, fcos, retinanet
-from tinydet.nn.init import set_values
+from tinydet.nn.init import set_all
 from tinydet.weights import checkpoint, darknet_file, pretrained, torch_file, yolo_published, yolo_weights
 
 WRITERS = {".pth": lambda path, tensors, about: torch_file.save(path, tensors), ".pt": lambda path, tensors, about: torch_file.save(path, tensors),
@@ -145,8 +145,7 @@ def fit(model: Any, tensors: Mapping[str, np.ndarray], path: Path, class_names: 
     kind = models.recognise({k: v.shape for k, v in tensors.items()})
     differences = "; ".join(f"{len(keys)} {what} ({some(keys)})" for what, keys in lists if keys)
     raise UserError(f"{path}: {f'is a {kind} and ' if kind else ''}does not fit this network: {differences}")
-  for key, tensor in wanted.items():
-    if key in tensors: set_values(tensor, tensors[key])
+  set_all((tensor, tensors[key]) for key, tensor in wanted.items() if key in tensors)
   return notes
 
 
