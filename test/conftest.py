@@ -1,5 +1,5 @@
 """What holds for all tests."""
-import os
+import gc, os
 import pytest
 
 # Compiling is most of a test's time. tinygrad's kernels are ready in half of it as plain loops; `NOOPT=0 python -m pytest` tests them as users have
@@ -13,3 +13,10 @@ LONG = [f"test_{name}.py" for name in (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays():
+  """What a file of tests leaves behind is freed: tinygrad looks through all tensors there are whenever it computes something."""
+  yield
+  gc.collect()
