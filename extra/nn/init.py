@@ -69,7 +69,7 @@ def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
     values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
     is_param = tensor.is_param
     # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-    new = _on_device(values, tensor.device or Device.DEFAULT)
+    new = on_device(values, tensor.device or Device.DEFAULT)
     waiting.append(tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param))
     if len(waiting) == TOGETHER:
       Tensor.realize(*waiting)
@@ -79,10 +79,10 @@ def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
 
 def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
   """A realised tensor of host `values` on `device`."""
-  return _on_device(values, device).realize()
+  return on_device(values, device).realize()
 
 
-def _on_device(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
+def on_device(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
   """`values` on `device` once they are realised. On the CPU they are copied to its memory: tinygrad would schedule the copy, which takes several
   times as long as it."""
   if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device)

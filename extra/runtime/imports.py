@@ -10,7 +10,7 @@ def change_tinygrad() -> None:
   """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
   _when_imported("tinygrad.helpers", _helpers)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
-  _when_imported("tinygrad.tensor", _hazards)
+  _when_imported("tinygrad.tensor", _questions)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
 
 
@@ -24,9 +24,10 @@ def _clang(module: ModuleType) -> None:
   clang.use_in(module)
 
 
-def _hazards(module: ModuleType) -> None:
-  from tinydet.runtime import hazards
+def _questions(module: ModuleType) -> None:
+  from tinydet.runtime import hazards, views
   hazards.use()
+  views.use()
 
 
 def _workers(module: ModuleType) -> None:

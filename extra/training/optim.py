@@ -2,9 +2,11 @@
 import contextlib, math
 from collections.abc import Callable, Iterator
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, dtypes
 from tinydet.nn import update_cpu
+from tinydet.nn.init import on_device
 from tinydet.nn.kernel_cpu import fits
+from tinydet.runtime.devices import to_host
 
 Schedule = Callable[[Tensor], Tensor]  # the number of updates done, f32 [1] -> the learning rate, f32 [1]
 SMALL, SCALE_STEPS = 2048, 2000   # numbers in a gradient that is not worth a kernel of its own; finite updates before the loss scale grows
@@ -66,7 +68,7 @@ class Optimizer:
     self.steps = _zeros((1,))
     self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
     self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
-    self.ema = {name: p.clone() for name, p in params.items()} if ema_decay else {}
+    self.ema = {name: _copy(p) for name, p in params.items()} if ema_decay else {}
     self.sums = {name: _zeros(p.shape) for name, p in params.items()} if accumulate > 1 else {}
     self.slowed = Tensor(np.ones(1, np.float32)) if slows else None   # a tensor, as captured graphs read it
     self.idle: set[str] = set()   # names of parameters that the loss does not depend on
@@ -170,4 +172,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
   return squares[0].sqrt()
 
 
-def _zeros(shape: tuple[int, ...]) -> Tensor: return Tensor(np.zeros(shape, np.float32))
+def _zeros(shape: tuple[int, ...]) -> Tensor: return on_device(np.zeros(shape, np.float32), Device.DEFAULT)
+
+
+def _copy(tensor: Tensor) -> Tensor: return on_device(to_host(tensor), "CPU") if tensor.device == "CPU" else tensor.clone()
