@@ -156,6 +156,7 @@ def values(model, seed=0):
   init.initialize(model, lambda key, shape: init.normal(0.5) if len(shape) > 1 else init.constant(0.25), seed)
   return {key: t.numpy() for key, t in get_state_dict(model).items()}
 
+
 @pytest.mark.parametrize("layer", [
   lambda x: conv2d(x, Tensor.ones(4, 4, 3, 3), Tensor.zeros(4), stride=2, padding=1, silu=True), max_pool, lambda x: max_pool_same(x, 5),
   lambda x: BatchNorm(4)(x, "silu")], ids=["conv2d", "max_pool", "max_pool_same", "BatchNorm"])

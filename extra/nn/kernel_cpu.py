@@ -95,22 +95,25 @@ def _renderer() -> Any: return Device["CPU"].renderer
 def fits(*tensors: Tensor) -> bool:
   """Whether these kernels can compute with `tensors`: all are on the CPU, or on the same several CPU devices and there divided by their first axis or
   not at all, and its kernels are C."""
-  names = _names(tensors[0])
-  return bool(_parts) and all(_names(t) == names and t.uop.axis in (None, 0) for t in tensors) and \
-    all(name.partition(":")[0] == "CPU" for name in names) and isinstance(_renderer(), ClangRenderer)
+  first = tensors[0].device
+  if not _parts or any(t.device != first for t in tensors) or not isinstance(_renderer(), ClangRenderer): return False
+  if isinstance(first, str): return on_host(first)
+  return all(map(on_host, first)) and all(t.uop.axis in (None, 0) for t in tensors)
+
+
+def on_host(device: str) -> bool:
+  """Whether it is one of tinygrad's CPU devices: CPU, CPU:1, ..."""
+  return device.partition(":")[0] == "CPU"
 
 
 def shards(x: Tensor) -> int:
   """Among how many devices the first axis of `x` is divided."""
-  return len(_names(x)) if x.uop.axis == 0 else 1
+  return len(x.device) if isinstance(x.device, tuple) and x.uop.axis == 0 else 1
 
 
 def divide(x: Tensor, devices: int) -> Tensor:
   """`x` with its first axis divided among its devices, so many, each of which has it whole or its own part already."""
   return x if shards(x) == devices else Tensor(x.uop._shard(0, UOp.range(devices, -1, AxisType.DEVICE)).unshard(0))
-
-
-def _names(tensor: Tensor) -> tuple[str, ...]: return tensor.device if isinstance(tensor.device, tuple) else (tensor.device,)
 
 
 def parts_of(products: int) -> int:

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 import numpy as np
 from tinygrad import Device, GlobalCounters, UOp
+from tinydet.nn.kernel_cpu import on_host
 from tinydet.runtime.fork import refuse_in_fork
 from tinydet.parts import take
 
@@ -61,7 +62,7 @@ def use_all_cores(*names: str) -> None:
   NUM_CPU_THREADS says, by default all of them. UserError in a fork of a process that did so."""
   if _owner: refuse_in_fork(_owner[0])
   else: _owner.append(os.getpid())
-  for device in (Device[name] for name in dict.fromkeys(("CPU", *names)) if name.partition(":")[0] == "CPU"):
+  for device in (Device[name] for name in dict.fromkeys(("CPU", *names)) if on_host(name)):
     if not _program or not isinstance(device.renderer, ClangRenderer): return   # other renderers' kernels take their arguments another way
     device.runtime_t = ThreadedProgram
     if _graph and DEBUG < 2: device.graph = CPUGraph   # whose kernels DEBUG=2 would not show one by one

@@ -4,8 +4,9 @@ import numpy as np
 from tinygrad import Device, Tensor
 from tinydet.errors import UserError
 from tinydet.nn.init import put
+from tinydet.nn.kernel_cpu import on_host
 from tinydet.parts import take
-from tinydet.runtime.mpi import Ranks, on_host
+from tinydet.runtime.mpi import Ranks
 
 
 _default = take("tinygrad.helpers:DEV", instead="processes of one machine need a CUDA_VISIBLE_DEVICES of their own each")

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from tinygrad import Context, Tensor, TinyJit, UOp, getenv
 from tinygrad.dtype import DType
 from tinydet.cache import cache_folder
+from tinydet.nn.kernel_cpu import on_host
 from tinydet.runtime import compiling, graph_file, random
 from tinydet.runtime.cpu import use_all_cores
 from tinydet.runtime.fork import refuse_in_fork
@@ -55,7 +56,7 @@ def jit(function: Callable) -> Callable:
       if graph is not None and not _replaced(used): return graph(*tensors)
       graphs.pop(key, None)
       devices = [device for t in tensors for device in (t.device if isinstance(t.device, tuple) else (t.device,))]
-      if "CPU" in devices: use_all_cores(*devices)   # whoever calls: a program that has asked for the device has them, a library's user too
+      if any(map(on_host, devices)): use_all_cores(*devices)   # whoever calls: a program that has asked for the device has them, a library's user too
       random.prepare(*devices)
       alive = _alive()
       with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspaces)
@@ -72,7 +73,7 @@ def in_place() -> Context:
 
 def _matrix_units(devices: list[str]) -> Context:
   """tinygrad's heuristics keep convolutions, as sums over several axes, from a GPU's matrix units where TC_OPT does not say otherwise."""
-  return Context(TC_OPT=2) if _units and "TC_OPT" not in os.environ and set(devices) - {"CPU"} else Context()
+  return Context(TC_OPT=2) if _units and "TC_OPT" not in os.environ and not all(map(on_host, devices)) else Context()
 
 
 def _captured(function: Callable, tensors: tuple[Tensor, ...], workspaces: dict[tuple, UOp]) -> tuple[Any, TinyJit, set[UOp]]:

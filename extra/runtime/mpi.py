@@ -11,6 +11,7 @@ from tinygrad.dtype import DType
 from tinydet.runtime.workers import workers
 from tinydet.errors import UserError
 from tinydet.nn.init import set_values
+from tinydet.nn.kernel_cpu import on_host
 from tinydet.parts import take
 from tinydet.runtime.cpu import share_cores
 
@@ -240,9 +241,6 @@ def _add(tensor: Tensor, ranks: Ranks) -> None:
   ranks.add(array)
   new = Tensor(array[:values.size], device="CPU").reshape(tensor.shape)
   tensor.assign(new.to(tensor.device) if isinstance(tensor.device, str) else new.shard(tensor.device)).realize()
-
-
-def on_host(device: str) -> bool: return device.partition(":")[0] == "CPU"
 
 
 def _view(flats: list[Any], offset: int, shape: tuple[int, ...], dtype: DType) -> Tensor:

@@ -155,11 +155,13 @@ class Optimizer:
   @contextlib.contextmanager
   def averaged(self) -> Iterator[None]:
     """Inside, the parameters hold their moving average, if one is kept."""
-    learnt = {name: self.params[name].clone().realize() for name in self.ema}
-    for name, average in self.ema.items(): self.params[name].assign(average).realize()
+    learnt = {name: self.params[name].clone() for name in self.ema}
+    def hold(values: dict[str, Tensor]) -> None:   # all at once: tinygrad looks through all tensors there are each time
+      if values: Tensor.realize(*(self.params[name].assign(value) for name, value in values.items()))
+    if learnt: Tensor.realize(*learnt.values())
+    hold(self.ema)
     try: yield
-    finally:
-      for name, values in learnt.items(): self.params[name].assign(values).realize()
+    finally: hold(learnt)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
