@@ -64,14 +64,23 @@ def test_the_best_weights_that_can_be_had(tmp_path, monkeypatch, capsys):
   assert settings.weights == "mine.pth"
 
 
-def test_a_warm_up_is_a_hundred_updates_or_a_tenth_of_the_run():
-  for given, steps, wanted in (({}, 20, 2.4), ({}, 400, 0.5), ({"epochs": 100}, 20, 5), ({"accumulate": 2, "epochs": 100}, 20, 10)):
+def test_a_warm_up_is_a_hundred_updates_or_a_tenth_of_the_run_and_a_quarter_at_most(capsys):
+  for given, steps, wanted in (({}, 20, 2.4), ({}, 400, 0.5), ({"epochs": 100}, 20, 5), ({"accumulate": 2, "epochs": 100}, 20, 10),
+                               ({"warmup": 3.0, "epochs": 4, "sources": {}}, 20, 1), ({"warmup": 3.0, "sources": {}}, 400, 3), ({"epochs": 1}, 400, 0.25)):
     settings = config(**given)
     plan.steady_start(settings, run(), steps)
     assert settings.warmup == wanted
   settings = SimpleNamespace(**vars(config()) | {"warmup": 0.1, "sources": {"warmup": "--warmup"}})
   plan.steady_start(settings, run(), 20)
-  assert settings.warmup == 0.1
+  assert settings.warmup == 0.1 and not capsys.readouterr().out
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told_of(capsys):
+  for given in ({"sources": {"warmup": "--warmup"}}, {"preset": "coco"}):
+    settings = SimpleNamespace(**vars(config()) | {"warmup": 3.0, "epochs": 3, "lr": 0.01} | given)
+    plan.steady_start(settings, run(), 20)
+    said = capsys.readouterr().out
+    assert settings.warmup == 3 and said == "note: --warmup 3 is not over before the run of --epochs 3 is, so the rate stays below --lr 0.01\n"
 
 
 class Pictures:

@@ -19,6 +19,7 @@ from tinydet.training.run import Run
 from tinydet.training.trainer import TrainerConfig, settle_batch
 
 STEADY = 100                # updates of warm-up at least, where the run has ten times as many
+WARMING = 0.25              # of the run, which a warm-up that nobody asked for may last at most
 SIDES = (640, 512, 416, 320, 256, 192, 128)   # pixels of the longer side that are weighed up, multiples of 32
 LARGER = 1.25               # times the median picture's longer side: pixels beyond show nothing
 MOST_EPOCHS, ENOUGH = 100, 40   # as `--epochs` goes, for a small data set; a larger picture is worth it while so many are left
@@ -67,10 +68,14 @@ def choose_weights(config: Any, run: Run, architecture: str) -> None:
 
 
 def steady_start(config: Any, run: Run, steps_per_epoch: int) -> None:
-  """Lengthen a warm-up that the user left free to `STEADY` updates, or a tenth of the run: the first hundred are where it blows up."""
+  """Settle a warm-up that the user left free: `STEADY` updates, or a tenth of the run, at least, as the first hundred are where it blows up, and
+  `WARMING` of the run at most. One that outlasts the run is told of, whoever asked for it."""
   updates = steps_per_epoch / config.accumulate
-  if run.resumed or not updates or not is_free(config, "warmup") or config.preset != "folder": return
-  config.warmup = max(config.warmup, round(min(STEADY / updates, config.epochs / 10), 3))
+  if run.resumed or not updates: return
+  if is_free(config, "warmup") and config.preset == "folder":
+    config.warmup = round(min(max(config.warmup, min(STEADY / updates, config.epochs / 10)), config.epochs * WARMING), 3)
+  if config.warmup >= config.epochs:
+    print(f"note: --warmup {config.warmup:g} is not over before the run of --epochs {config.epochs} is, so the rate stays below --lr {config.lr:g}")
 
 
 def choose_anchors(config: Any, run: Run, detector: Detector, dataset: Any, fit: Fit) -> str:
