@@ -77,8 +77,9 @@ def test_a_variable_of_another_name():
 
 
 def test_empty_variables_are_unset_and_strangers_are_ignored():
-  config = run(BS="", BEAM="2", DEBUG="x", bs="9", TINYDET_PRESET="")
-  assert config.bs == 4 and config.sources["bs"] == "preset tiny"
+  config = run(BS="", BEAM="2", DEBUG="x", bs="9", TINYDET_PRESET="", SIZE="x86_64-conda-linux-gnu-size", DEPTH="1", DATA="/data", EMA="x")
+  assert config.bs == 4 and config.sources["bs"] == "preset tiny" and config.size == (64, 48), "conda's compilers set SIZE"
+  assert "default" == config.sources["depth"] == config.sources["data"]
 
 
 @pytest.mark.parametrize("argv, environ, words", [
