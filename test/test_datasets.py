@@ -1,4 +1,4 @@
-import contextlib, io, json
+import contextlib, io, json, re
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageOps
@@ -364,7 +364,8 @@ def test_voc_without_image_sets_is_split_by_name(tmp_path):
 @pytest.mark.parametrize("spoil, message", [
   (lambda d: (d / "JPEGImages" / "one.png").unlink(), r"the file is missing in JPEGImages \(1\): one\.jpg"),
   (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation>"), r"annotations that cannot be read \(1\): one\.xml \(is not XML"),
-  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation><size/></annotation>"), r"<annotation> without <size/height> \(1\): one\.xml"),
+  (lambda d: (d / "Annotations" / "one.xml").write_text("<annotation><size><width>40</width><height>-3</height></size></annotation>"),
+   r"<size> of an annotation is not of positive whole numbers \(1\): one\.xml 40x-3"),
   (lambda d: (d / "Annotations" / "one.xml").write_text((d / "Annotations" / "one.xml").read_text().replace("<xmin>3<", "<xmin>three<")),
    r"<bndbox/xmin> is no number of at most a million \(1\): one\.xml three"),
   (lambda d: (d / "ImageSets" / "Main" / "train.txt").unlink(), r"train\.txt: cannot be opened"),
@@ -374,6 +375,24 @@ def test_voc_names_what_is_wrong(tmp_path, spoil, message):
   write_voc(tmp_path / "d", VOC_OBJECTS, {"train": ["one", "two"]})
   spoil(tmp_path / "d")
   with pytest.raises(UserError, match=message): Voc(tmp_path / "d", "train")
+
+
+@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>", "<size><width>40</width><height>0.0</height></size>"])
+def test_voc_without_a_size_has_the_pictures(tmp_path, size):
+  write_voc(tmp_path / "d", VOC_OBJECTS, {"train": ["one", "two"]})
+  whole, file = Voc(tmp_path / "d", "train"), tmp_path / "d" / "Annotations" / "one.xml"
+  file.write_text(re.sub("<size>.*</size>", size, file.read_text()))
+  dataset = Voc(tmp_path / "d", "train")
+  assert dataset.sizes == whole.sizes and dataset.ground_truth() == whole.ground_truth()
+  assert any("without a <size>, or of 0 pixels, which is taken from the picture (1): one.xml" in line for line in dataset.warnings)
+  with pytest.raises(UserError, match="without a <size>"): Voc(tmp_path / "d", "train", strict=True)
+
+
+def test_classes_that_differ_in_case_are_told_of(tmp_path):
+  write_voc(tmp_path / "d", {"one": [("cat", 1, 1, 9, 9, 0), ("Cat", 5, 5, 20, 20, 0)], "two": [("dog", 1, 1, 9, 9, 0)]}, {"train": ["one", "two"]})
+  dataset = Voc(tmp_path / "d", "train")
+  assert dataset.class_names == ["Cat", "cat", "dog"] and any("differ in case or blanks alone" in line and "Cat, cat" in line for line in dataset.warnings)
+  with pytest.raises(UserError, match="Cat, cat"): Voc(tmp_path / "d", "train", strict=True)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])

@@ -141,6 +141,17 @@ def voc_roboflow(d: Path) -> None:
 # ---- the own files of tools
 
 
+def cvat_xml(subsets: bool):
+  def make(d: Path) -> None:
+    save(d / "images")
+    images = "".join(
+      f'<image id="{i}" name="p{i}.png" width="{WIDTH}" height="{HEIGHT}"{f" subset={chr(34)}{part}{chr(34)}" * subsets}>' + "".join(
+        f'<box label="{name}" occluded="0" source="manual" xtl="{x0}.00" ytl="{y0}.00" xbr="{x1}.00" ybr="{y1}.00" z_order="0"></box>'
+        for name, x0, y0, x1, y1 in boxes_of(i)) + "</image>" for part, numbers in (("Train", TRAIN), ("Validation", VAL)) for i in numbers)
+    write(d / "annotations.xml", f'<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version>{images}</annotations>')
+  return make
+
+
 def labelme(d: Path) -> None:
   save(d)
   for i in range(COUNT):
@@ -234,6 +245,16 @@ def csv_columns(d: Path) -> None:
                            *([f"p{i}.png", WIDTH, HEIGHT, *box] for i in range(COUNT) for box in boxes_of(i))])
 
 
+def csv_spreadsheet(d: Path) -> None:
+  csv_columns(d)
+  write(d / "labels.csv", (d / "labels.csv").read_text().replace(",", ";"))
+
+
+def yolo_windows(d: Path) -> None:
+  yolo_label_studio(d)
+  for file in [*d.rglob("p*.txt")]: write(file.with_suffix(".TXT"), "\ufeff" + file.read_text().replace("\n", "\r\n")) or file.unlink()
+
+
 def csv_roboflow(d: Path) -> None:
   """A file beside the pictures of each part, where pictures of two parts have one name."""
   for part, numbers in (("train", TRAIN), ("valid", VAL)):
@@ -251,7 +272,8 @@ WRITTEN = {
   "yolo without settings": (yolo("images/{}", "labels/{}", None), "YOLO", True),
   "yolo outlines": (yolo("{}/images", "{}/labels", "train: train/images\nval: val/images\nnames: [cat, dog]\n", outline=True), "YOLO", True),
   "yolo lists": (yolo_lists, "YOLO", True), "yolo cvat": (yolo_cvat, "YOLO", False), "yolo label studio": (yolo_label_studio, "YOLO", False),
-  "yolo beside": (yolo_beside, "YOLO", False),
+  "yolo beside": (yolo_beside, "YOLO", False), "yolo windows": (yolo_windows, "YOLO", False),
+  "cvat xml": (cvat_xml(False), "CVAT", False), "cvat xml with subsets": (cvat_xml(True), "CVAT", True),
   "coco cvat": (coco_one("annotations/instances_default.json", "images"), "COCO", False),
   "coco cvat with folder": (coco_one("annotations/instances_default.json", "images/default"), "COCO", False),
   "coco label studio": (coco_one("result.json", "images", "images\\p{}.png"), "COCO", False),
@@ -264,7 +286,7 @@ WRITTEN = {
   "label studio min": (label_studio_min, "Label Studio", False),
   "via project": (via(True), "VIA", False), "via export": (via(False, as_dict=True), "VIA", False), "via csv": (via_csv, "CSV of VIA", False),
   "keras-retinanet": (keras_retinanet, "CSV of keras-retinanet", True), "open images": (open_images, "CSV of Open Images", True),
-  "csv with columns": (csv_columns, "CSV", False), "csv roboflow": (csv_roboflow, "CSV", True)}
+  "csv with columns": (csv_columns, "CSV", False), "csv of a spreadsheet": (csv_spreadsheet, "CSV", False), "csv roboflow": (csv_roboflow, "CSV", True)}
 
 
 def read_back(dataset) -> dict[int, list]:
@@ -301,7 +323,7 @@ def test_every_layout_reads_as_what_was_drawn(tmp_path, name):
 
 def test_a_file_of_annotations_is_a_data_set_and_its_pictures_are_anywhere(tmp_path):
   for name, file in (("yolo ultralytics", "data.yaml"), ("csv with columns", "labels.csv"), ("coco label studio", "result.json"),
-                     ("label studio", "project-1.json")):
+                     ("label studio", "project-1.json"), ("cvat xml", "annotations.xml")):
     WRITTEN[name][0](tmp_path / name)
     by_file, by_folder = open_dataset(tmp_path / name / file, "train"), open_dataset(tmp_path / name, "train")
     assert read_back(by_file) == read_back(by_folder)
@@ -395,6 +417,35 @@ def test_turned_boxes_of_label_studio_and_points(tmp_path):
   np.testing.assert_allclose(dataset[0].boxes, [[40, 16, 48, 56]], atol=1e-4)
   said = "\n".join(dataset.warnings)
   assert "tasks that nobody annotated, passed over (1): task 2" in said and "without an extent" in said and "rotation, taken as" in said
+
+
+def test_shapes_of_cvat(tmp_path):
+  """A box of 40x8 turned by a quarter about its middle, the outline of a triangle, an ellipse, a skeleton; and what has no extent."""
+  save(tmp_path / "images", range(2))
+  shapes = ("<tag label='cat'/><box label='cat' xtl='20' ytl='26' xbr='60' ybr='34' rotation='90.0'><attribute name='a'>b</attribute></box>"
+            "<polygon label='dog' points='10,10;30,10;20,25'/><ellipse label='dog' cx='50' cy='30' rx='10' ry='5'/>"
+            "<skeleton label='cat'><points label='1' points='3,4'/><points label='2' points='13,24'/></skeleton>"
+            "<points label='cat' points='5,5'/><polyline label='cat' points='5,5;9,9'/><mask label='cat' rle='1,2' left='1' top='1' width='2' height='2'/>")
+  def put(inside: str) -> None: write(tmp_path / "annotations.xml", f"<annotations><version>1.1</version>{inside}</annotations>")
+  put(f"<image id='0' name='p0.png' width='{WIDTH}' height='{HEIGHT}'>{shapes}</image><image id='1' name='p1.png'/>")
+  dataset, *_ = layouts.recognise(tmp_path)[0].splits.values()
+  dataset = dataset(False)   # whole: both pictures
+  np.testing.assert_allclose(dataset[0].boxes, [[36, 10, 44, 50], [10, 10, 30, 25], [40, 25, 60, 35], [3, 4, 13, 24]], atol=1e-4)
+  assert [dataset.class_names[k] for k in dataset[0].labels] == ["cat", "dog", "dog", "cat"] and not len(dataset[1].boxes)
+  said = "\n".join(dataset.warnings)
+  assert "without an extent (points, lines, masks), passed over (3): p0.png shape 6" in said and "rotation, taken as the upright box" in said
+  for inside, wrong in (("<track id='0' label='cat'><box frame='0'/></track>", "has <track>, a video's"), ("<meta/>", "has no <image>"),
+                        ("<image id='0' name='p0.png'><box label='cat' xtl='9' ytl='1' xbr='2' ybr='3'/></image>", "negative width or height"),
+                        ("<image id='0' name='p0.png'><box label='cat' xtl='nan' ytl='1' xbr='2' ybr='3'/></image>", "are no numbers"),
+                        ("<image id='0' name='p0.png'><polygon label='cat' points='1,2;3'/></image>", "not pairs of numbers"),
+                        ("<image id='0' name='p0.png'><box xtl='1' ytl='1' xbr='2' ybr='3'/></image>", "without a label")):
+    put(inside)
+    with pytest.raises(UserError, match=wrong): open_dataset(tmp_path, "train")
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+  write(tmp_path / "export.zip", "PK")
+  with pytest.raises(UserError, match=r"export\.zip: is an archive; unpack it"): open_dataset(tmp_path / "export.zip", "train")
 
 
 # ---- how a data set without splits is divided

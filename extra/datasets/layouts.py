@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from tinydet.datasets import native, tables, voc, yolo_folders, yolo_labels
+from tinydet.datasets import cvat, native, tables, voc, yolo_folders, yolo_labels
 from tinydet.datasets.coco import LARGE, Coco
 from tinydet.datasets.find_pictures import SPLIT_NAMES, SUFFIXES, folders_in, is_picture, of_another_split, walk_files
 from tinydet.datasets.listed import Listed
@@ -16,6 +16,7 @@ from tinydet.errors import UserError
 
 SPLIT_WORD = re.compile(r"(?:^|[^a-z])(train|valid|validation|val|test)(?:ing)?(?:[^a-z]|$)", re.I)
 USUAL = re.compile("annot|instance|coco|via|result|dataset", re.I)
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 MANY = 12   # JSON files in a folder: of more, only those that a data set's would be called like are looked into
 
 
@@ -142,6 +143,16 @@ def _own_json(tool: str, read: Callable[..., Any], place: Place) -> Found | None
   return Found(tool, str(files[0].relative_to(place.folder)), {"all": open_it})
 
 
+def _cvat(place: Place) -> Found | None:
+  files = [file for file in place.files(".xml")[:MANY] if cvat.is_cvat(file)]
+  if not files: return None
+  if len(files) > 1: return Found("CVAT", files[0].name, {"all": partial(_ambiguous, place.folder, "all", files)})
+  def open_it(strict: bool) -> Listed:
+    problems = Problems(files[0], strict)
+    return Listed(place.folder.resolve().name, cvat.read_cvat(files[0], _pictures_folder(place), place.roots, problems), problems)
+  return Found("CVAT", str(files[0].relative_to(place.folder)), {"all": open_it})
+
+
 def _labelme(place: Place) -> Found | None:
   if place.file is not None and (place.file.suffix.lower() != ".json" or _kind(place.file) != "labelme"): return None
   names = walk_files(place.folder, (".json",))[:3]
@@ -189,6 +200,7 @@ class Layout:
 
 LAYOUTS = (
   Layout("COCO", "annotations/instances_{split}*.json, {split}.json or {split}/_annotations.coco.json", _coco_by_names),
+  Layout("CVAT", "its own XML for images", _cvat),
   Layout("Pascal VOC", "Annotations/ with JPEGImages/, or XML files beside the pictures", _voc),
   Layout("YOLO", "data.yaml, or images/ with labels/", _yolo),
   Layout("COCO", "one JSON file with images, annotations and categories (CVAT, Label Studio, LVIS)", _coco_by_content),
@@ -257,7 +269,9 @@ def _of_file(file: Path, images: Path | None) -> tuple[Found, list[str]]:
   for layout in LAYOUTS:
     if found := layout.find(Place(root, file, images)): return found, []
   if file.suffix.lower() == ".json": native.read_json(file)   # says why, where it is none
-  raise UserError(f"{file}: is no annotation file of a known layout: JSON of COCO, LVIS, Label Studio, VIA or labelme, a data.yaml, or a CSV table")
+  if file.suffix.lower() in ARCHIVES: raise UserError(f"{file}: is an archive; unpack it, and give --data the folder")
+  raise UserError(f"{file}: is no annotation file of a known layout: JSON of COCO, LVIS, Label Studio, VIA or labelme, CVAT's XML, a data.yaml, or a CSV "
+                  "table")
 
 
 def _all(place: Place) -> list[Found]:

@@ -77,6 +77,10 @@ def reason(error: Exception) -> str:
 def check_class_names(problems: Problems, names: Sequence[str]) -> None:
   """Class names are printed in tables and written to logs: text, without control characters or halves of characters."""
   problems.error("class names empty or with control characters", [n for n in names if not n.strip() or not _plain(n)], lambda n: repr(n)[:60])
+  alike: dict[str, list[str]] = {}
+  for name in names: alike.setdefault(" ".join(name.lower().split()), []).append(name)
+  problems.odd("class names that differ in case or blanks alone, each taken as a class of its own",
+               [", ".join(map(shown, several)) for several in alike.values() if len(several) > 1])
 
 
 def check_boxes(problems: Problems, corners: np.ndarray, labels: np.ndarray, images: np.ndarray, sizes: np.ndarray, flat: np.ndarray,

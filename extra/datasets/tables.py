@@ -29,7 +29,7 @@ def kind_of_table(file: Path) -> str:
   """What a CSV file is: "keras-retinanet", "Open Images", "VIA", "columns", or ""."""
   try:
     with open(file, "rb") as f: head = f.read(65536).decode("utf-8-sig", "replace")
-    rows = [row for row in csv.reader(io.StringIO(head.rsplit("\n", 1)[0] if "\n" in head else head)) if row][:2]
+    rows = [row for row in _reader(head.rsplit("\n", 1)[0] if "\n" in head else head) if row][:2]
   except (OSError, csv.Error): return ""
   if not rows: return ""
   names = [_plain(cell) for cell in rows[0]]
@@ -102,12 +102,19 @@ def _rows(file: Path) -> Any:
   try: text = read_bytes(file, MAX_TABLE).decode("utf-8-sig")
   except OSError as e: raise UserError(f"{file}: cannot be opened ({e.strerror})") from e
   except ValueError as e: raise UserError(f"{file}: is not a table that can be read ({reason(e)})") from e
-  reader = csv.reader(io.StringIO(text))
+  reader = _reader(text)
   while True:
     try: row = next(reader)
     except StopIteration: return
     except csv.Error as e: raise UserError(f"{file}: is not a table that can be read ({reason(e)}, line {reader.line_num})") from e
     if row: yield row
+
+
+def _reader(text: str) -> Any:
+  """Rows of a table whose cells are apart by what its first line has most of: commas, the semicolons of spreadsheets where commas are in numbers, or
+  tabs."""
+  first = text[:65536].lstrip("\r\n").split("\n", 1)[0]
+  return csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
 
 
 def _class_names(file: Path) -> dict[str, str]:

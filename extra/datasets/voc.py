@@ -158,7 +158,7 @@ def _has_xml(folder: Path, beside: bool = False) -> bool:
 def _parse_all(folder: Path, annotated: dict[str, str], problems: Problems) -> dict[str, ElementTree.Element]:
   trees = {}
   for name, file in annotated.items():
-    try: trees[name] = _parse(folder / file)
+    try: trees[name] = parse_xml(folder / file)
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as e:   # LookupError: of an encoding that nobody knows
       why = f"is not XML: {e}" if isinstance(e, ElementTree.ParseError) else reason(e)
       problems.error("annotations that cannot be read", [f"{shown(file)} ({why})"])
@@ -224,19 +224,21 @@ def _the_picture(candidates: list[str], problems: Problems) -> str:
   return candidates[0]
 
 
-def _size(tree: ElementTree.Element, file: str, problems: Problems) -> tuple[int, int]:
-  """(height, width) as annotated; (0, 0) after reporting that there is none."""
+def _size(tree: ElementTree.Element, file: str, problems: Problems) -> tuple[int, int] | None:
+  """(height, width) as annotated; None where the picture has to say it: none is stated, or 0x0, as some tools write what they did not look up."""
   problems.error("annotations with more than one <size>", [file] * (len(tree.findall("size")) > 1))
+  if any(not (_text(tree, f"size/{key}") or "").strip("0.") for key in ("height", "width")):
+    return problems.odd("annotations without a <size>, or of 0 pixels, which is taken from the picture", [file])
   height, width = (_number(tree, f"size/{key}", file, problems) for key in ("height", "width"))
-  if None in (height, width): return 0, 0
+  if None in (height, width): return None
   if min(height, width) >= 1 and not height % 1 and not width % 1: return int(height), int(width)
-  problems.error("<size> of an annotation is not of positive whole numbers", [f"{file} {width:g}x{height:g}"])
-  return 0, 0
+  return problems.error("<size> of an annotation is not of positive whole numbers", [f"{file} {width:g}x{height:g}"])
 
 
-def _parse(file: Path) -> ElementTree.Element:
-  """The root of an XML file; a document type declaration, the only place for entities, is refused."""
-  return ElementTree.XML(read_bytes(file, MAX_XML), ElementTree.XMLParser(target=_Tree()))
+def parse_xml(file: Path, most: int = MAX_XML) -> ElementTree.Element:
+  """The root of an XML file of at most `most` bytes; a document type declaration, the only place for entities, is refused. OSError, ValueError,
+  LookupError or ElementTree.ParseError where it cannot be read."""
+  return ElementTree.XML(read_bytes(file, most), ElementTree.XMLParser(target=_Tree()))
 
 
 class _Tree(ElementTree.TreeBuilder):

@@ -48,12 +48,12 @@ def class_numbers(yolo: Yolo) -> int:
 
 def _label_files(picture: str) -> Iterator[str]:
   """Where the labels of a picture may be, relative paths: `labels` in place of its last folder `images`, or beside it."""
-  parts, stem = picture.split("/"), os.path.splitext(picture.rsplit("/", 1)[-1])[0] + ".txt"
-  for at in range(len(parts) - 2, -1, -1):
-    if parts[at].lower() == "images": yield "/".join([*parts[:at], "Labels" if parts[at] == "Images" else "labels", *parts[at + 1:-1], stem]); break
-  yield "/".join([*parts[:-1], stem])
-  yield "/".join(["labels", *parts[:-1], stem])
-  if len(parts) > 1: yield "/".join([*parts[:-2], "labels", stem])
+  parts, stem = picture.split("/"), os.path.splitext(picture.rsplit("/", 1)[-1])[0]
+  places = [[*parts[:-1]], ["labels", *parts[:-1]], *([[*parts[:-2], "labels"]] if len(parts) > 1 else [])]
+  if (at := next((i for i in range(len(parts) - 2, -1, -1) if parts[i].lower() == "images"), None)) is not None:
+    places.insert(0, [*parts[:at], "Labels" if parts[at] == "Images" else "labels", *parts[at + 1:-1]])
+  for place in places:
+    for suffix in (".txt", ".TXT"): yield "/".join([*place, stem + suffix])
 
 
 def _unused(root: Path, labels: dict[str, str]) -> list[str]:

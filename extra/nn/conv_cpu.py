@@ -140,6 +140,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   For tensors that `fits` takes. Of pictures divided among devices each computes its own, and the weight's gradients are added."""
   # `gradient` is kept with the graph, and with it what it refers to: no tensors, or they stay as long
   (pictures, channels, *size), (out_channels, per_group, *kernel), shape, biased = x.shape, weight.shape, weight.shape, bias is not None
+  what = (x.shape, shape, stride, padding, groups)
   batch = pictures // (devices := shards(x))
   size, kernel, outs = tuple(size), tuple(kernel), out_channels // groups
   out_size = tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel))
@@ -190,12 +191,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + biased])
     g = Tensor(grad)
     if silu:
-      before = run(functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
+      before = run(("conv", *what, False), functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
       g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
     g = divide(g.reshape(pictures, out_channels, *out_size), devices)
     if padded: g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1])))
     g = g.reshape(-1).contiguous()
-    of_x, of_weight = run(input_gradient, g, flat_weight), run(weight_gradient, x, g)
+    of_x = run(("conv_input_gradient", *what), input_gradient, g, flat_weight)
+    of_weight = run(("conv_weight_gradient", *what), weight_gradient, x, g)
     if devices > 1: of_weight = of_weight.reshape(devices, -1).sum(0)
     if padded:   # the phases of the stride are woven together
       of_x = of_x.reshape(pictures, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2)
@@ -205,4 +207,5 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
       of_x = of_x.shrink((None, None, *((padding, padding + side) for side in size))).reshape(-1)
     return of_x.uop, of_weight.uop, *([g.reshape(pictures, out_channels, -1).sum((0, 2)).uop] if biased else [])
 
-  return run(forward, x, weight, *([] if bias is None else [bias]), gradient=gradient).reshape(pictures, out_channels, *out_size)
+  made = run(("conv", *what, silu), forward, x, weight, *([] if bias is None else [bias]), gradient=gradient)
+  return made.reshape(pictures, out_channels, *out_size)

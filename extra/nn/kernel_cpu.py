@@ -12,6 +12,8 @@ _parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "t
 if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
+MOST_TRACED = 4096       # functions that are kept, of a few kilobytes each
+_traced: dict[tuple, UOp] = {}   # what `run` has made a function of, by all that it depends on
 
 # Of what follows in C, capitals that no enum has are defined for each kernel: COUNT is the length of the long axis, GROUPS those of the convolution,
 # IN and OUT the channels of one group, BATCH the pictures, and so on. A vector that would reach over the end of the axis begins earlier, so do a
@@ -153,12 +155,23 @@ def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], product
   return results[0] if isinstance(size, int) else results
 
 
-def run(make: Callable[..., Any], *tensors: Tensor, gradient: Callable | None = None) -> Any:
+def run(key: tuple, make: Callable[..., Any], *tensors: Tensor, gradient: Callable | None = None) -> Any:
   """`make(*tensors)`, which is a kernel of them, or a tuple of its results. As a function of its own that makes its own memory, that and `tensors` of
-  one axis: in each other way tinygrad copies the result, or what is assigned to later, as weights are."""
-  made = function(make, precompile=True, grad_fxn=gradient)(*map(_row, tensors))
+  one axis: in each other way tinygrad copies the result, or what is assigned to later, as weights are.
+
+  `key` and the kinds of `tensors` say all that `make` depends on: what is traced once is kept under them, as tracing is most of a second start."""
+  rows = tuple(map(_row, tensors))
+  inputs = [row.uop for row in rows]
+  whole = (key, parts_of(1 << 60), *((u.dtype, u.shape, u.device, u.axis, inputs.index(u)) for u in inputs))
+  if whole not in _traced:
+    if len(_traced) >= MOST_TRACED: _traced.clear()
+    made = function(make, precompile=True)(*rows)
+    _traced[whole] = (made if isinstance(made, Tensor) else made[0]).uop.src[0].src[0]
+  body = _traced[whole]
+  call = body.call(*dict.fromkeys(inputs), grad_fxn=gradient, name=key[0], precompile=True)
   # contiguous, or it is run at each use
-  return made.contiguous() if isinstance(made, Tensor) else tuple(t.contiguous() for t in made)
+  results = tuple(Tensor(call.gettuple(i)).contiguous() for i in range(len(body.src)))
+  return results[0] if len(results) == 1 else results
 
 
 def _row(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: 
   mean and variance f32 [C] that it had, which have no gradient. For tensors that `kernel_cpu.fits` takes."""
   batch, channels, height, width = x.shape
   sizes = {"BATCH": batch, "CHANNELS": channels, "COUNT": height * width, "EPSILON": eps}
-  code, numbers, amount = ACTIVATIONS[activation], x.numel(), x.numel() * WORK
+  code, numbers, amount, what = ACTIVATIONS[activation], x.numel(), x.numel() * WORK, (x.shape, eps, activation)
 
   def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
     return c_kernel("batch_norm", OVER + code + FORWARD, (numbers, channels, channels), amount, tensors, sizes)
@@ -138,9 +138,10 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: 
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
     # Mean and variance as they lie in memory, where `run` has them: without contiguous the kernel would run once more.
-    return tuple(t.uop for t in run(backward, Tensor(grad), *map(Tensor, call.src[1:4]), *(Tensor(call.gettuple(i).contiguous()) for i in (1, 2))))
+    own = map(Tensor, (*call.src[1:4], *(call.gettuple(i).contiguous() for i in (1, 2))))
+    return tuple(t.uop for t in run(("batch_norm_gradient", *what), backward, Tensor(grad), *own))
 
-  out, mean, variance = run(forward, x, weight, bias, gradient=gradient)
+  out, mean, variance = run(("batch_norm", *what), forward, x, weight, bias, gradient=gradient)
   return out.reshape(x.shape), mean.detach(), variance.detach()
 
 
