@@ -377,7 +377,8 @@ def test_voc_names_what_is_wrong(tmp_path, spoil, message):
   with pytest.raises(UserError, match=message): Voc(tmp_path / "d", "train")
 
 
-@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>", "<size><width>40</width><height>0.0</height></size>"])
+@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
+                                  "<size><width>40</width><height>0.0</height></size>"])
 def test_voc_without_a_size_has_the_pictures(tmp_path, size):
   write_voc(tmp_path / "d", VOC_OBJECTS, {"train": ["one", "two"]})
   whole, file = Voc(tmp_path / "d", "train"), tmp_path / "d" / "Annotations" / "one.xml"
@@ -391,7 +392,8 @@ def test_voc_without_a_size_has_the_pictures(tmp_path, size):
 def test_classes_that_differ_in_case_are_told_of(tmp_path):
   write_voc(tmp_path / "d", {"one": [("cat", 1, 1, 9, 9, 0), ("Cat", 5, 5, 20, 20, 0)], "two": [("dog", 1, 1, 9, 9, 0)]}, {"train": ["one", "two"]})
   dataset = Voc(tmp_path / "d", "train")
-  assert dataset.class_names == ["Cat", "cat", "dog"] and any("differ in case or blanks alone" in line and "Cat, cat" in line for line in dataset.warnings)
+  assert dataset.class_names == ["Cat", "cat", "dog"]
+  assert any("differ in case or blanks alone" in line and "Cat, cat" in line for line in dataset.warnings)
   with pytest.raises(UserError, match="Cat, cat"): Voc(tmp_path / "d", "train", strict=True)
 
 

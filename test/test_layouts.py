@@ -286,7 +286,8 @@ WRITTEN = {
   "label studio min": (label_studio_min, "Label Studio", False),
   "via project": (via(True), "VIA", False), "via export": (via(False, as_dict=True), "VIA", False), "via csv": (via_csv, "CSV of VIA", False),
   "keras-retinanet": (keras_retinanet, "CSV of keras-retinanet", True), "open images": (open_images, "CSV of Open Images", True),
-  "csv with columns": (csv_columns, "CSV", False), "csv of a spreadsheet": (csv_spreadsheet, "CSV", False), "csv roboflow": (csv_roboflow, "CSV", True)}
+  "csv with columns": (csv_columns, "CSV", False), "csv of a spreadsheet": (csv_spreadsheet, "CSV", False),
+  "csv roboflow": (csv_roboflow, "CSV", True)}
 
 
 def read_back(dataset) -> dict[int, list]:
@@ -425,7 +426,7 @@ def test_shapes_of_cvat(tmp_path):
   shapes = ("<tag label='cat'/><box label='cat' xtl='20' ytl='26' xbr='60' ybr='34' rotation='90.0'><attribute name='a'>b</attribute></box>"
             "<polygon label='dog' points='10,10;30,10;20,25'/><ellipse label='dog' cx='50' cy='30' rx='10' ry='5'/>"
             "<skeleton label='cat'><points label='1' points='3,4'/><points label='2' points='13,24'/></skeleton>"
-            "<points label='cat' points='5,5'/><polyline label='cat' points='5,5;9,9'/><mask label='cat' rle='1,2' left='1' top='1' width='2' height='2'/>")
+            "<points label='cat' points='5,5'/><polyline label='cat' points='5,5;9,9'/><mask label='cat' rle='1,2' left='1' top='1' width='2'/>")
   def put(inside: str) -> None: write(tmp_path / "annotations.xml", f"<annotations><version>1.1</version>{inside}</annotations>")
   put(f"<image id='0' name='p0.png' width='{WIDTH}' height='{HEIGHT}'>{shapes}</image><image id='1' name='p1.png'/>")
   dataset, *_ = layouts.recognise(tmp_path)[0].splits.values()

@@ -66,7 +66,8 @@ def test_the_best_weights_that_can_be_had(tmp_path, monkeypatch, capsys):
 
 def test_a_warm_up_is_a_hundred_updates_or_a_tenth_of_the_run_and_a_quarter_at_most(capsys):
   for given, steps, wanted in (({}, 20, 2.4), ({}, 400, 0.5), ({"epochs": 100}, 20, 5), ({"accumulate": 2, "epochs": 100}, 20, 10),
-                               ({"warmup": 3.0, "epochs": 4, "sources": {}}, 20, 1), ({"warmup": 3.0, "sources": {}}, 400, 3), ({"epochs": 1}, 400, 0.25)):
+                               ({"warmup": 3.0, "epochs": 4, "sources": {}}, 20, 1),
+                               ({"warmup": 3.0, "sources": {}}, 400, 3), ({"epochs": 1}, 400, 0.25)):
     settings = config(**given)
     plan.steady_start(settings, run(), steps)
     assert settings.warmup == wanted

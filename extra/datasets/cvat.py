@@ -15,7 +15,7 @@ MAX_XML = 2 ** 30   # bytes; a task of 100,000 boxes has some 20 million
 def is_cvat(file: Path) -> bool:
   """Whether an XML file begins as CVAT's do: <annotations> with a <version>, a <meta>, an <image> or a <track>."""
   try:
-    for event, element in ElementTree.iterparse(file, ("start",)):
+    for _, element in ElementTree.iterparse(file, ("start",)):
       if element.tag in ("version", "meta", "image", "track"): return True
       if element.tag != "annotations": return False
   except (OSError, ValueError, LookupError, ElementTree.ParseError): pass
@@ -23,8 +23,8 @@ def is_cvat(file: Path) -> bool:
 
 
 def read_cvat(file: Path, folder: Path, roots: list[Path], problems: Problems) -> Listing:
-  """The pictures of an annotations.xml. Boxes, polygons and ellipses are objects, and a skeleton is the box around its points; points, lines and masks
-  have no extent. A picture without shapes is background. UserError for the tracks of a video, which name no pictures."""
+  """The pictures of an annotations.xml. Boxes, polygons and ellipses are objects, and a skeleton is the box around its points; points, lines and
+  masks have no extent. A picture without shapes is background. UserError for the tracks of a video, which name no pictures."""
   try: root = parse_xml(file, MAX_XML)
   except (OSError, ValueError, LookupError, ElementTree.ParseError) as e: raise UserError(f"{file}: cannot be read ({reason(e)})") from e
   if root.find("track") is not None:

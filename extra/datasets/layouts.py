@@ -270,8 +270,8 @@ def _of_file(file: Path, images: Path | None) -> tuple[Found, list[str]]:
     if found := layout.find(Place(root, file, images)): return found, []
   if file.suffix.lower() == ".json": native.read_json(file)   # says why, where it is none
   if file.suffix.lower() in ARCHIVES: raise UserError(f"{file}: is an archive; unpack it, and give --data the folder")
-  raise UserError(f"{file}: is no annotation file of a known layout: JSON of COCO, LVIS, Label Studio, VIA or labelme, CVAT's XML, a data.yaml, or a CSV "
-                  "table")
+  raise UserError(f"{file}: is no annotation file of a known layout: JSON of COCO, LVIS, Label Studio, VIA or labelme, CVAT's XML, a "
+                  "data.yaml, or a CSV table")
 
 
 def _all(place: Place) -> list[Found]:
