@@ -119,7 +119,7 @@ def test_one_seed_gives_one_run_and_a_saved_run_goes_on_exactly(six_steps, tmp_p
 def test_devices_equal_one(count, six_steps):
   """Batch norm included: its statistics are those of the whole batch."""
   logs, states = six_steps
-  run = Run(names=("CPU", "CPU:1", "CPU:2", "CPU:3")[:count])
+  run = Run(names=(Device.DEFAULT, *(f"{Device.DEFAULT}:{i}" for i in range(1, count))))
   for batch, expected in zip(batches(4), logs): assert run(batch) == pytest.approx(expected, rel=1e-5, abs=1e-6)
   for key, value in run.state().items(): np.testing.assert_allclose(value, states[4][key], rtol=1e-4, atol=1e-5, err_msg=key)
   np.testing.assert_allclose(run.state()["norm.running_var"], states[4]["norm.running_var"], rtol=1e-6)
