@@ -15,6 +15,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+if os.environ.get("DEV") == "CL":   # pocl is one device; as CL:1, CL:2 and CL:3 it has contexts of its own, whose memory is not shared
+  from tinygrad import Device
+  from tinygrad.runtime.ops_cl import CLDevice, cl
+  Device["CL"]   # finds the devices there are
+  if len(CLDevice.device_ids) == 1: CLDevice.device_ids = (cl.cl_device_id * 4)(*[CLDevice.device_ids[0]] * 4)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_stays():
   """What a file of tests leaves behind is freed: tinygrad looks through all tensors there are whenever it computes something."""

@@ -2,7 +2,8 @@
 
 tinygrad derives the gradient of `Tensor.conv2d` through its pooling view. The input gradient so derived is a reduce over a window of a padded
 picture, several times slower than a convolution. Both gradients of a convolution are convolutions again; here they are written as such."""
-from tinygrad import Tensor, UOp, function
+import functools
+from tinygrad import Device, Tensor, UOp, function
 from tinygrad.dtype import DType
 from tinydet.nn import conv_cpu, kernel_cpu
 
@@ -26,7 +27,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride:
   w = w.reshape(groups * per_group * phases[0] * phases[1], out_channels // groups, *taps)
   rows, columns = ((side + stride - 1) // stride for side in size)
   pad = (-low[1], columns + high[1] - grad.shape[3], -low[0], rows + high[0] - grad.shape[2])
-  out = grad.conv2d(w.contiguous(), groups=groups, padding=pad)
+  out = _exact(grad).conv2d(_exact(w.contiguous()), groups=groups, padding=pad).cast(grad.dtype)
   if stride == 1: return out.contiguous()   # or what is behind the input would spoil the tile of the convolution
   # Contiguous, or tinygrad's heuristics find a phase where they look for a matrix unit's axis.
   out = out.contiguous().reshape(batch, groups * per_group, *phases, rows, columns).permute(0, 1, 4, 2, 5, 3)
@@ -41,7 +42,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], stride: i
   windows = x.pad((padding,) * 4).unfold(2, kernel[0], stride).unfold(3, kernel[1], stride)[:, :, :size[0], :size[1]]
   windows = windows.reshape(batch, groups, 1, in_channels // groups, *size, *kernel).permute(6, 7, 1, 2, 3, 0, 4, 5)
   g = grad.reshape(batch, groups, out_channels // groups, 1, *size).permute(1, 2, 3, 0, 4, 5)
-  out = (windows * g).sum((5, 6, 7)).contiguous()                                     # [KH,KW,groups,Cout/groups,Cin/groups]
+  out = (_exact(windows) * _exact(g)).sum((5, 6, 7)).cast(grad.dtype).contiguous()    # [KH,KW,groups,Cout/groups,Cin/groups]
   return out.permute(2, 3, 4, 0, 1).reshape(out_channels, in_channels // groups, *kernel).contiguous()   # as it is read more than once
 
 
@@ -83,5 +84,19 @@ def _convolved(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int
     return (_input_gradient(g, weight, size, stride, padding, groups).uop,
             _weight_gradient(g, x, weight.shape[2:], stride, padding, groups).uop)
 
-  def forward(x: Tensor, weight: Tensor) -> Tensor: return x.conv2d(weight.contiguous(), groups=groups, stride=stride, padding=padding)
+  def forward(x: Tensor, weight: Tensor) -> Tensor:
+    return _exact(x).conv2d(_exact(weight.contiguous()), groups=groups, stride=stride, padding=padding).cast(x.dtype)
+
+  _matrix_units(x.device)   # asked here, as inside a function a device cannot be
   return function(forward, grad_fxn=gradient)(x, weight)
+
+
+def _exact(x: Tensor) -> Tensor:
+  """`x` as its products are to be made: matrix units round no product of half precision, other units each, so there they are made in float32."""
+  return x.float() if x.dtype.itemsize == 2 and x.dtype not in _matrix_units(x.device) else x
+
+
+@functools.cache
+def _matrix_units(device: str | tuple[str, ...]) -> set[DType]:
+  """What the matrix units of a device multiply."""
+  return {unit.dtype_in for unit in Device[device if isinstance(device, str) else device[0]].renderer.tensor_cores}

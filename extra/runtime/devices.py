@@ -44,9 +44,8 @@ def take_devices(ranks: Ranks, count: int) -> None:
 
 def replicate(tensors: list[Tensor], names: tuple[str, ...]) -> None:
   """Put a copy of each tensor on each device, in place."""
-  if len(names) > 1:
-    for tensor in tensors: tensor.shard_(names)
-  if tensors: Tensor.realize(*tensors)
+  if tensors: Tensor.realize(*tensors)   # first of all, as tinygrad 0.14 cannot copy arrays of several shapes to OpenCL devices in one go
+  if tensors and len(names) > 1: Tensor.realize(*(tensor.shard_(names) for tensor in tensors))
 
 
 def to_devices(array: np.ndarray, names: tuple[str, ...]) -> Tensor:
