@@ -123,6 +123,11 @@ def parts_of(products: int) -> int:
   return max(1, min(NUM_CPU_THREADS.value, products // LEAST_WORK))
 
 
+def spelled(name: str, code: str, cores: int, sizes: dict[str, int]) -> str:
+  """The whole source of a kernel, which needs no header."""
+  return "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code + TAIL
+
+
 def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int],
              scratch: int = 0) -> Any:
   """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each, or of several sizes a tuple of such results,
@@ -134,7 +139,7 @@ def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], product
   cores = parts_of(products)
   written = (size,) if isinstance(size, int) else size
   outs = (*written, cores * scratch) if scratch else written
-  source = "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code + TAIL
+  source = spelled(name, code, cores, sizes)
 
   def program(*arguments: UOp) -> UOp:
     core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
