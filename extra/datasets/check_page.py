@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tinydet.datasets.duplicates import near_duplicates
-from tinydet.detection.anchor_fit import MISSED, anchor_shapes, best_iou
+from tinydet.datasets.fit import Fit, seen_shapes
+from tinydet.detection.anchor_fit import MISSED, anchor_shapes, most_missed
 from tinydet.download import write_whole
 
 GRID, SIDE = 24, 320       # pictures of each split on the page, and their longer side in pixels
@@ -31,14 +32,16 @@ def leaks(datasets: Mapping[str, Any], small: Mapping[str, Sequence[np.ndarray]]
 
 
 def anchor_line(datasets: Mapping[str, Any], size: int = AT) -> str:
-  """What share of the boxes RetinaNet's anchors miss, with pictures stretched to `size`; "" without boxes."""
-  shapes = np.concatenate([_shapes(dataset, size) for dataset in datasets.values()])
-  if not len(shapes): return ""
-  missed = (best_iou(shapes, anchor_shapes()) < MISSED).mean()
+  """What share of the boxes, or of a class of them, RetinaNet's anchors miss, with pictures stretched to `size`; "" without boxes."""
+  by_class: dict[str, np.ndarray] = {}
+  for dataset in datasets.values():
+    for name, shapes in seen_shapes(dataset, Fit((size, size))).items(): by_class[name] = np.concatenate([by_class.get(name, shapes[:0]), shapes])
+  if not by_class: return ""
+  missed, worst, shapes = most_missed(by_class, anchor_shapes())
   small = (np.sqrt(shapes.prod(1)) < 16).mean()
   fits = "a larger --size makes them fit" if small > missed / 2 else "--anchors auto fits them, a YOLO has none"
   advice = f"; {fits}" if missed > 0.1 else ""
-  return f"RetinaNet's anchors at {size}x{size}: {missed:.0%} of the boxes are below an IoU of {MISSED:g} with every shape{advice}"
+  return f"RetinaNet's anchors at {size}x{size}: {missed:.0%} of {worst} are below an IoU of {MISSED:g} with every shape{advice}"
 
 
 def write_page(file: Path, title: str, layout: str, datasets: Mapping[str, Any], notes: Sequence[str], duplicates: Mapping[str, list]) -> None:
@@ -68,15 +71,6 @@ def _histograms(dataset: Any) -> list[str]:
   labels = [f"{low} to {high}" for low, high in pairwise(SIZES)] + [f"{SIZES[-1]} and more"]
   return [_table("class", [names[k] for k in counts], list(counts.values())),
           _table("size of a box in the picture, square root of its area", labels, np.histogram(sides, [*SIZES, np.inf])[0].tolist())]
-
-
-def _shapes(dataset: Any, size: int) -> np.ndarray:
-  """f64 [N,2]: width and height of each object where its picture is `size` x `size`."""
-  truth = dataset.ground_truth()
-  scale = {image["id"]: (size / image["width"], size / image["height"]) for image in truth["images"]}
-  rows = [(a["bbox"][2] * scale[a["image_id"]][0], a["bbox"][3] * scale[a["image_id"]][1]) for a in truth["annotations"]
-          if not (a["iscrowd"] or a.get("difficult"))]
-  return np.array(rows, np.float64).reshape(-1, 2)
 
 
 def _figure(dataset: Any, index: int) -> str:

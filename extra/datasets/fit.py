@@ -1,6 +1,7 @@
 """How a picture comes into the canvas that a network sees, and which canvases there are: stretched, by its shorter side, or letterboxed."""
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 import numpy as np
 from tinydet.datasets.buckets import MULTIPLE, Buckets, choose_buckets, one_bucket
 from tinydet.datasets.sample import Sample
@@ -71,3 +72,15 @@ class Fit:
 
 
 def _up(side: int) -> int: return -(-side // MULTIPLE) * MULTIPLE
+
+
+def seen_shapes(dataset: Any, fit: Fit) -> dict[str, np.ndarray]:
+  """Class -> f64 [N,2], width and height in pixels of the network's input, of all objects of `dataset` that are to be learnt."""
+  truth = dataset.ground_truth()
+  sizes = np.array([(image["height"], image["width"]) for image in truth["images"]])
+  scale = dict(zip((image["id"] for image in truth["images"]), fit.resized(sizes) / sizes))
+  rows: dict[int, list[tuple[float, float]]] = {}
+  for a in truth["annotations"]:
+    width, height = a["bbox"][2] * scale[a["image_id"]][1], a["bbox"][3] * scale[a["image_id"]][0]
+    if width > 0 < height and not (a.get("iscrowd") or a.get("difficult")): rows.setdefault(a["category_id"], []).append((width, height))
+  return {category["name"]: np.array(rows[category["id"]], np.float64) for category in truth["categories"] if category["id"] in rows}

@@ -1,12 +1,13 @@
 """How well the shapes of anchors fit the boxes of a data set, and which would fit better. Places are left out: a shape is width x height, and two are
 laid centre on centre."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 import numpy as np
 from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, base_anchors
 from tinydet.errors import UserError
 
 MISSED = 0.4   # IoU below which no anchor of a place is meant for a box but as a last resort (Lin et al. 2017, section 4)
+ENOUGH = 10    # boxes of a class that is judged by itself
 SCALES = 2.0 ** np.arange(-2, 1.01, 0.25)   # of the published sizes, that are tried: beyond them no cell of a level is near enough to a box
 ROUNDS = 50    # of k-means at most; it ends far earlier
 
@@ -22,6 +23,16 @@ def best_iou(shapes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
   best = np.zeros(len(shapes))
   for anchor in anchors: best = np.maximum(best, _iou(shapes, anchor))
   return best
+
+
+def most_missed(by_class: Mapping[str, np.ndarray], anchors: np.ndarray) -> tuple[float, str, np.ndarray]:
+  """The share of shapes below `MISSED` with all `anchors` [A,2], of what that is, in words, and those shapes [N,2]: of the class of `by_class`, name
+  -> [N,2], that has most, or of all boxes. A class of fewer than `ENOUGH` says nothing by itself."""
+  groups = {"the boxes": np.concatenate([*by_class.values()])}
+  groups |= {f"class '{name}'": shapes for name, shapes in by_class.items() if len(shapes) >= ENOUGH}
+  shares = {words: float((best_iou(shapes, anchors) < MISSED).mean()) for words, shapes in groups.items()}
+  worst = max(shares, key=lambda words: shares[words])
+  return shares[worst], worst, groups[worst]
 
 
 def fit_shapes(shapes: np.ndarray, count: int) -> np.ndarray:

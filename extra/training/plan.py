@@ -7,8 +7,8 @@ from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.config import is_free, set_free
 from tinydet.datasets.download import DATASETS
-from tinydet.datasets.fit import Fit
-from tinydet.detection.anchor_fit import MISSED, best_iou
+from tinydet.datasets.fit import Fit, seen_shapes
+from tinydet.detection.anchor_fit import MISSED, most_missed
 from tinydet.detectors import Detector
 from tinydet.errors import UserError
 from tinydet.runtime.devices import to_devices
@@ -30,7 +30,7 @@ EACH_EVALUATION = 3.0       # seconds of an evaluation beside that: suppression,
 EVALUATING, EVALUATIONS = 0.2, 25   # share of the time that evaluations may take, and most of them
 MOST_BATCH, FEWEST = 64, 8   # pictures a step that `--bs auto` ends at, and steps an epoch that it leaves at least
 GAIN = 0.95                 # of the time a picture took: what twice the batch has to come under
-MISSING = 0.1               # share of boxes that anchors may miss before others are fitted
+MISSING = 0.1               # share of the boxes of a class that anchors may miss before others are fitted
 UNITS = {"": 60, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -83,23 +83,14 @@ def choose_anchors(config: Any, run: Run, detector: Detector, dataset: Any, fit:
   where nobody asked; a run that is resumed has those it began with."""
   if config.anchors != "auto" or run.resumed: return ""
   if (own := detector.anchor_shapes()) is None: return f"--anchors auto: {detector.name} has no anchors to fit"
-  if not len(shapes := seen_shapes(dataset, fit)): return "--anchors auto: there are no boxes to fit them to"
-  before = float((best_iou(shapes, own) < MISSED).mean())
-  if before <= MISSING: return f"anchors: as they are, {before:.1%} of the boxes are below an IoU of {MISSED:g} with every shape"
-  detector.fit_anchors(shapes)
-  after = float((best_iou(shapes, detector.anchor_shapes()) < MISSED).mean())
-  return f"anchors: fitted to the boxes, of which {after:.1%} are below an IoU of {MISSED:g} with every shape, instead of {before:.1%}"
-
-
-def seen_shapes(dataset: Any, fit: Fit) -> np.ndarray:
-  """f64 [N,2]: width and height, in pixels of the network's input, of all objects of `dataset` that are to be learnt."""
-  truth = dataset.ground_truth()
-  sizes = np.array([(image["height"], image["width"]) for image in truth["images"]])
-  scale = dict(zip((image["id"] for image in truth["images"]), fit.resized(sizes) / sizes))
-  rows = [(a["bbox"][2] * scale[a["image_id"]][1], a["bbox"][3] * scale[a["image_id"]][0]) for a in truth["annotations"]
-          if not (a.get("iscrowd") or a.get("difficult"))]
-  shapes = np.array(rows, np.float64).reshape(-1, 2)
-  return shapes[(shapes > 0).all(1)]
+  if not (by_class := seen_shapes(dataset, fit)): return "--anchors auto: there are no boxes to fit them to"
+  missed, worst, _ = most_missed(by_class, own)
+  if missed <= MISSING: return f"anchors: as they are; of {worst} {missed:.1%} are below an IoU of {MISSED:g} with every shape, of others less"
+  most = max(map(len, by_class.values()))
+  detector.fit_anchors(np.concatenate([np.resize(shapes, (most, 2)) for shapes in by_class.values()]))   # each class counts alike
+  after, last, _ = most_missed(by_class, detector.anchor_shapes())
+  return (f"anchors: fitted to the boxes; of {worst} {missed:.1%} were below an IoU of {MISSED:g} with every shape, now no more than {after:.1%} "
+          f"(of {last})")
 
 
 def fit_machine(config: Any, run: Run, detector: Detector, data: tuple[Any, Any]) -> None:
