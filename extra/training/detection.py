@@ -88,7 +88,7 @@ class DetectionConfig(TrainerConfig):
   weights: str = option("none", "where to start: none, auto (the best that is published for the network and can be had), "
                         "shapes or shapes-yolo (ship with the code), imagenet, imagenet_v2, coco, mlperf, the name of "
                         "a YOLO, a .pth or .safetensors file, or the folder of a run", group="model")
-  anchors: str = option("published", "auto: fit their sizes and shapes to the boxes, where they miss more than a tenth of them",
+  anchors: str = option("published", "auto: fit their sizes and shapes to the boxes, where they miss more than a tenth of those of a class",
                         choices=("published", "auto"), group="model")
   budget: float = option(0.0, "time for the whole run, such as 30m or 2h: network, size and epochs are chosen to fill it where they are left free; "
                          "0: as the settings say", parse=plan.seconds, show=plan.show_seconds, group="training")
