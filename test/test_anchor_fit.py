@@ -6,7 +6,7 @@ import numpy as np, pytest
 from tinygrad.nn.state import get_state_dict
 from tinydet import detectors
 from tinydet.datasets.fit import Fit, seen_shapes
-from tinydet.detection.anchor_fit import MISSED, anchor_shapes, best_iou, fit_levels, fit_shapes, most_missed
+from tinydet.detection.anchor_fit import MISSED, SCALES, anchor_shapes, best_iou, fit_levels, fit_shapes, most_missed, placed_iou
 from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, anchors
 from tinydet.detectors import yolo
 from tinydet.errors import UserError
@@ -44,6 +44,23 @@ def test_levels_suit_slim_and_small_boxes(width, height):
   assert after.mean() > before.mean() + 0.1 and (after < MISSED).mean() < 0.05
 
 
+def test_sizes_are_fitted_to_where_cells_are():
+  """Against anchors as they lie on a canvas, and boxes anywhere on it: of the sizes that were tried none gives a much better mean. Laid centre on
+  centre, boxes of 55 pixels are fitted as well by the anchors of 54 of level 5, whose cells are 32 pixels apart, as by larger ones of level 3."""
+  rng = np.random.default_rng(2)
+  shapes = np.concatenate([np.array([19, 17]) * rng.uniform(0.9, 1.1, (60, 2)), np.array([55, 52]) * rng.uniform(0.9, 1.1, (60, 2))])
+  corners = rng.uniform(0, 1, (120, 2)) * (256 - shapes)
+  boxes = np.concatenate([corners, corners + shapes], 1)
+  def mean(sizes, ratios):
+    placed = anchors(256, 256, False, sizes, ratios).astype(np.float64)
+    inner = (np.minimum(boxes[:, None, 2:], placed[None, :, 2:]) - np.maximum(boxes[:, None, :2], placed[None, :, :2])).clip(0).prod(2)
+    return (inner / (shapes.prod(1)[:, None] + (placed[:, 2:] - placed[:, :2]).prod(1)[None] - inner)).max(1).mean()
+  sizes, ratios = fit_levels(shapes)
+  tried = {scale: mean(tuple(tuple(size * scale for size in level) for level in SIZES), ratios) for scale in SCALES}
+  assert mean(sizes, ratios) > max(tried.values()) - 0.02 and mean(sizes, ratios) > tried[2 ** -1.25] + 0.03
+  np.testing.assert_allclose(placed_iou(shapes, sizes, ratios).mean(), mean(sizes, ratios), atol=0.02)
+
+
 class Boxes:
   name = "boxes"
   def __init__(self, boxes, size=(200, 100)): self.boxes, self.size = boxes, size
@@ -74,7 +91,7 @@ def test_a_class_that_anchors_miss_is_not_lost_among_the_others():
   assert most_missed({"pole": by_class["pole"], "dot": dots[:9]}, anchor_shapes())[:2] == (pytest.approx(9 / 1009), "the boxes")
   note = choose_anchors(Config, Run, detector, data, Fit((100, 200)))
   assert note.startswith("anchors: fitted to the boxes; of class 'dot' 100.0% were below an IoU of 0.4 with every shape, now no more than 0.0%")
-  assert (best_iou(dots, detector.anchor_shapes()) > 0.6).all()
+  assert (best_iou(dots, detector.anchor_shapes()) > 0.5).all()
 
 
 class Run: resumed = None

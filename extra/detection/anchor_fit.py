@@ -1,14 +1,15 @@
-"""How well the shapes of anchors fit the boxes of a data set, and which would fit better. Places are left out: a shape is width x height, and two are
-laid centre on centre."""
+"""How well the shapes of anchors fit the boxes of a data set, and which would fit better. A shape is width x height; two are laid centre on centre,
+or as far apart as a box and the next cell of a level."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 import numpy as np
-from tinydet.detection.anchors import ASPECT_RATIOS, SIZES, base_anchors
+from tinydet.detection.anchors import ASPECT_RATIOS, LEVELS, SIZES, base_anchors
 from tinydet.errors import UserError
 
 MISSED = 0.4   # IoU below which no anchor of a place is meant for a box but as a last resort (Lin et al. 2017, section 4)
 ENOUGH = 10    # boxes of a class that is judged by itself
-SCALES = 2.0 ** np.arange(-2, 1.01, 0.25)   # of the published sizes, that are tried: beyond them no cell of a level is near enough to a box
+SCALES = 2.0 ** np.arange(-2, 1.01, 0.25)   # of the published sizes, that are tried
+AWAY = 0.25    # of a stride, across and down: how far the centre of a box lies from the next cell's, on average
 ROUNDS = 50    # of k-means at most; it ends far earlier
 
 
@@ -22,6 +23,15 @@ def best_iou(shapes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
   """f64 [N], the largest IoU of each of `shapes` [N,2] with any of `anchors` [A,2], both (width, height), centre on centre."""
   best = np.zeros(len(shapes))
   for anchor in anchors: best = np.maximum(best, _iou(shapes, anchor))
+  return best
+
+
+def placed_iou(shapes: np.ndarray, sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> np.ndarray:
+  """f64 [N], the largest IoU of each of `shapes` [N,2] with RetinaNet's anchors of `sizes` and `ratios`, each `AWAY` of its level's stride from it.
+  Small anchors on a coarse level fit a box that lies on a cell's centre, and miss the one between two cells."""
+  best = np.zeros(len(shapes))
+  for level, of_level in zip(LEVELS, sizes, strict=True):
+    for anchor in anchor_shapes([of_level], ratios): best = np.maximum(best, _iou(shapes, anchor, AWAY * 2 ** level))
   return best
 
 
@@ -52,10 +62,10 @@ def fit_levels(shapes: np.ndarray) -> tuple[tuple[tuple[float, ...], ...], tuple
   """Sizes of each level and ratios (height / width) of a RetinaNet's anchors for `shapes` f64 [N,2] (width, height), as `anchors.anchors` takes them.
 
   Ratios are k-means of the shapes, all made equal in area. Sizes stay an octave a level, as its strides do, all published ones times that of `SCALES`
-  with the best mean IoU."""
+  with the best mean of `placed_iou`."""
   ratios = tuple(sorted(round(float(height / width), 4) for width, height in fit_shapes(shapes / np.sqrt(shapes.prod(1, keepdims=True)), 3)))
   def scaled(scale: float) -> tuple[tuple[float, ...], ...]: return tuple(tuple(round(size * scale, 2) for size in level) for level in SIZES)
-  best = max(SCALES, key=lambda scale: best_iou(shapes, anchor_shapes(scaled(scale), ratios)).mean())
+  best = max(SCALES, key=lambda scale: placed_iou(shapes, scaled(scale), ratios).mean())
   return scaled(float(best)), ratios
 
 
@@ -71,6 +81,7 @@ def read_levels(about: Any) -> tuple[tuple[tuple[float, ...], ...], tuple[float,
   return tuple(map(tuple, sizes.tolist())), tuple(ratios.tolist())
 
 
-def _iou(shapes: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-  inner = np.minimum(shapes, anchor).prod(1)
+def _iou(shapes: np.ndarray, anchor: np.ndarray, away: float = 0.0) -> np.ndarray:
+  """f64 [N], of shapes and an anchor whose centres are `away` pixels apart across and down."""
+  inner = (np.minimum(shapes / 2, anchor / 2 + away) - np.maximum(-shapes / 2, away - anchor / 2)).clip(0).prod(1)
   return inner / (shapes.prod(1) + anchor.prod() - inner)
