@@ -158,7 +158,10 @@ def _has_xml(folder: Path, beside: bool = False) -> bool:
 def _parse_all(folder: Path, annotated: dict[str, str], problems: Problems) -> dict[str, ElementTree.Element]:
   trees = {}
   for name, file in annotated.items():
-    try: trees[name] = parse_xml(folder / file)
+    try:
+      trees[name] = parse_xml(folder / file)
+      if not any(trees[name].find(key) is not None for key in ("size", "object", "filename")):   # they may be in a name space
+        problems.error(f"annotations with no <size>, <object> or <filename> in their <{shown(trees[name].tag, 60)}>", [shown(file)])
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as e:   # LookupError: of an encoding that nobody knows
       why = f"is not XML: {e}" if isinstance(e, ElementTree.ParseError) else reason(e)
       problems.error("annotations that cannot be read", [f"{shown(file)} ({why})"])
