@@ -438,6 +438,8 @@ def test_shapes_of_cvat(tmp_path):
   for inside, wrong in (("<track id='0' label='cat'><box frame='0'/></track>", "has <track>, a video's"), ("<meta/>", "has no <image>"),
                         ("<image id='0' name='p0.png'><box label='cat' xtl='9' ytl='1' xbr='2' ybr='3'/></image>", "negative width or height"),
                         ("<image id='0' name='p0.png'><box label='cat' xtl='nan' ytl='1' xbr='2' ybr='3'/></image>", "are no numbers"),
+                        ("<image id='0' name='p0.png' width='\u00b2' height='9'/>", "sizes of pictures that are no positive whole numbers"),
+                        (f"<image id='0' name='p0.png' width='9' height='{'9' * 5000}'/>", "sizes of pictures that are no positive whole numbers"),
                         ("<image id='0' name='p0.png'><polygon label='cat' points='1,2;3'/></image>", "not pairs of numbers"),
                         ("<image id='0' name='p0.png'><box xtl='1' ytl='1' xbr='2' ybr='3'/></image>", "without a label")):
     put(inside)

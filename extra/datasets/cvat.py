@@ -1,8 +1,9 @@
 """CVAT's own XML, "CVAT for images": one file with an <image> for each picture."""
-import math
+import math, re
 from pathlib import Path
 from xml.etree import ElementTree
 from tinydet.datasets.listed import FARTHEST, OBJECT, Entry, Listing, listing_of
+from tinydet.datasets.native import NO_BOX, stated_size
 from tinydet.datasets.outlines import around_points, around_turned
 from tinydet.datasets.problems import Problems, reason, shown
 from tinydet.datasets.tables import SPLIT_WORDS
@@ -15,9 +16,10 @@ MAX_XML = 2 ** 30   # bytes; a task of 100,000 boxes has some 20 million
 def is_cvat(file: Path) -> bool:
   """Whether an XML file begins as CVAT's do: <annotations> with a <version>, a <meta>, an <image> or a <track>."""
   try:
-    for _, element in ElementTree.iterparse(file, ("start",)):
-      if element.tag in ("version", "meta", "image", "track"): return True
-      if element.tag != "annotations": return False
+    with open(file, "rb") as f:
+      for _, element in ElementTree.iterparse(f, ("start",)):
+        if element.tag in ("version", "meta", "image", "track"): return True
+        if element.tag != "annotations": return False
   except (OSError, ValueError, LookupError, ElementTree.ParseError): pass
   return False
 
@@ -34,8 +36,8 @@ def read_cvat(file: Path, folder: Path, roots: list[Path], problems: Problems) -
     if not (name := (image.get("name") or "").strip()):
       problems.error("<image> without a name", [f"image {row}"])
       continue
-    size = tuple(int(text) if (text := image.get(key, "")).isdigit() else 0 for key in ("height", "width"))
-    entry = Entry(name, size if min(size) > 0 else None, f"{file.name} {shown(name)}",
+    size = (int(text) if re.fullmatch("[0-9]{1,9}", text := image.get(key, "")) else text or None for key in ("height", "width"))
+    entry = Entry(name, stated_size(*size, name, problems), f"{file.name} {shown(name)}",
                   split=SPLIT_WORDS.get((image.get("subset") or "").strip().lower(), ""))
     for number, shape in enumerate(image, 1):
       if shape.tag == "tag": continue   # of the whole picture
@@ -63,10 +65,9 @@ def _corners(shape: ElementTree.Element, where: str, problems: Problems) -> list
     return around_turned((b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1], turned) if turned else b
   if shape.tag == "ellipse": return (b := numbers("cx", "cy", "rx", "ry")) and around_turned(b[0], b[1], 2 * b[2], 2 * b[3], turned)
   outlines = [shape] if shape.tag == "polygon" else shape.findall("points") if shape.tag == "skeleton" else []
-  if not outlines: return problems.note("shapes without an extent (points, lines, masks), passed over", [where])
+  if not outlines: return problems.note(NO_BOX.format("shapes"), [where])
   try: flat = [float(n) for outline in outlines for n in outline.get("points", "").replace(";", ",").split(",")]
   except ValueError: flat = []
   if len(flat) < 4 or len(flat) % 2 or any(not abs(n) <= FARTHEST for n in flat):
     return problems.error("shapes whose points are not pairs of numbers", [where])
   return around_points(flat)
-

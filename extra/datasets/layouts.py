@@ -8,7 +8,7 @@ from typing import Any
 from tinydet.datasets import cvat, native, tables, voc, yolo_folders, yolo_labels
 from tinydet.datasets.coco import LARGE, Coco
 from tinydet.datasets.find_pictures import SPLIT_NAMES, SUFFIXES, folders_in, is_picture, of_another_split, walk_files
-from tinydet.datasets.listed import Listed
+from tinydet.datasets.listed import Listed, Listing
 from tinydet.datasets.problems import Problems, shown
 from tinydet.datasets.split import Rule, part_of
 from tinydet.datasets.subset import Part
@@ -133,24 +133,26 @@ def _yolo(place: Place) -> Found | None:
 
 # ---- the own files of tools
 
-def _own_json(tool: str, read: Callable[..., Any], place: Place) -> Found | None:
-  files = [file for file in place.files(".json") if _kind(file) == tool]
+def _one_file(tool: str, files: list[Path], name: str, read: Callable[[Problems], Listing], place: Place) -> Found | None:
+  """The data set `name` that the first of `files` is; of several it cannot be said which is meant."""
   if not files: return None
   if len(files) > 1: return Found(tool, files[0].name, {"all": partial(_ambiguous, place.folder, "all", files)})
   def open_it(strict: bool) -> Listed:
     problems = Problems(files[0], strict)
-    return Listed(files[0].stem, read(native.read_json(files[0]), files[0], _pictures_folder(place), place.roots, problems), problems)
+    return Listed(name, read(problems), problems)
   return Found(tool, str(files[0].relative_to(place.folder)), {"all": open_it})
+
+
+def _own_json(tool: str, read: Callable[..., Listing], place: Place) -> Found | None:
+  files = [file for file in place.files(".json") if _kind(file) == tool]
+  def read_it(problems: Problems) -> Listing: return read(native.read_json(files[0]), files[0], _pictures_folder(place), place.roots, problems)
+  return _one_file(tool, files, files[0].stem if files else "", read_it, place)
 
 
 def _cvat(place: Place) -> Found | None:
   files = [file for file in place.files(".xml")[:MANY] if cvat.is_cvat(file)]
-  if not files: return None
-  if len(files) > 1: return Found("CVAT", files[0].name, {"all": partial(_ambiguous, place.folder, "all", files)})
-  def open_it(strict: bool) -> Listed:
-    problems = Problems(files[0], strict)
-    return Listed(place.folder.resolve().name, cvat.read_cvat(files[0], _pictures_folder(place), place.roots, problems), problems)
-  return Found("CVAT", str(files[0].relative_to(place.folder)), {"all": open_it})
+  def read_it(problems: Problems) -> Listing: return cvat.read_cvat(files[0], _pictures_folder(place), place.roots, problems)
+  return _one_file("CVAT", files, place.folder.resolve().name, read_it, place)
 
 
 def _labelme(place: Place) -> Found | None:

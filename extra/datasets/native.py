@@ -51,7 +51,8 @@ def read_labelme(folder: Path, roots: list[Path], problems: Problems) -> Listing
     name = content["imagePath"] if isinstance(content["imagePath"], str) else ""
     place = os.path.normpath(os.path.join(os.path.dirname(file), name.replace("\\", "/"))).replace(os.sep, "/") if name else file
     beside = next((n for n in (f"{os.path.splitext(file)[0]}{os.path.splitext(name)[1]}",) if (folder/n).is_file()), place)
-    entry = Entry(place if (folder/place).is_file() else beside, _size(content.get("imageHeight"), content.get("imageWidth"), file, problems), file)
+    size = stated_size(content.get("imageHeight"), content.get("imageWidth"), file, problems)
+    entry = Entry(place if (folder/place).is_file() else beside, size, file)
     groups: dict[Any, list[float]] = {}
     for row, shape in enumerate(content["shapes"], 1):
       where = f"{shown(file)} shape {row}"
@@ -113,7 +114,7 @@ def read_label_studio(content: list[dict[str, Any]], file: Path, folder: Path, r
       if not {"x", "points"} & value.keys():
         if _task_label(result) and "rle" in value: problems.note(NO_BOX.format("results"), [f"{where} result {number}"])
         continue
-      size = _size(result.get("original_height"), result.get("original_width"), where, problems)
+      size = stated_size(result.get("original_height"), result.get("original_width"), where, problems)
       if size is None:
         problems.error("results without original_width and original_height", [f"{where} result {number}"])
         continue
@@ -250,7 +251,7 @@ def _via_box(shape: dict[str, Any], where: str, problems: Problems) -> list[floa
 def _is_number(value: Any) -> bool: return type(value) in (int, float) and abs(value) <= FARTHEST
 
 
-def _size(height: Any, width: Any, where: str, problems: Problems) -> tuple[int, int] | None:
+def stated_size(height: Any, width: Any, where: str, problems: Problems) -> tuple[int, int] | None:
   """(height, width) where both are stated; a size that can be none is reported."""
   if height is None or width is None: return None
   if all(type(n) is int and 0 < n <= FARTHEST for n in (height, width)): return height, width

@@ -168,11 +168,10 @@ def run(key: tuple, make: Callable[..., Any], *tensors: Tensor, gradient: Callab
   rows = tuple(map(_row, tensors))
   inputs = [row.uop for row in rows]
   whole = (key, parts_of(1 << 60), *((u.dtype, u.shape, u.device, u.axis, inputs.index(u)) for u in inputs))
-  if whole not in _traced:
-    if len(_traced) >= MOST_TRACED: _traced.clear()
+  if (body := _traced.get(whole)) is None:
     made = function(make, precompile=True)(*rows)
-    _traced[whole] = (made if isinstance(made, Tensor) else made[0]).uop.src[0].src[0]
-  body = _traced[whole]
+    if len(_traced) >= MOST_TRACED: _traced.clear()
+    body = _traced[whole] = (made if isinstance(made, Tensor) else made[0]).uop.src[0].src[0]
   call = body.call(*dict.fromkeys(inputs), grad_fxn=gradient, name=key[0], precompile=True)
   # contiguous, or it is run at each use
   results = tuple(Tensor(call.gettuple(i)).contiguous() for i in range(len(body.src)))
