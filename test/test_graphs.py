@@ -9,6 +9,7 @@ from tinygrad import Context, Device, Tensor, UOp, dtypes
 from tinygrad.helpers import NOOPT
 from tinygrad.uop.ops import Ops
 from tinydet.cache import cache_folder
+from tinydet.nn.conv import conv2d
 from tinydet.nn.init import set_values
 from tinydet import parts
 from tinydet.runtime import compiling, graph_file, graph_key
@@ -267,3 +268,21 @@ def test_our_own_sources_are_in_the_key(made, monkeypatch):
   try: run(trainer()[0], 1)
   finally: graph_key._compiler.cache_clear()
   assert len(made) == 2
+
+
+def test_kernels_in_c_are_compiled_while_the_rest_is_scheduled(made, monkeypatch):
+  """Those that a graph names before it is scheduled are those that it has afterwards."""
+  weight = Tensor(np.random.default_rng(0).standard_normal((9, 3, 3, 3)).astype(np.float32)).realize()
+  started, start = [], compiling._start
+  def noted(kernels, compiling_now):
+    start(kernels, compiling_now)
+    started.append(set(compiling_now))
+  monkeypatch.setattr(compiling, "_start", noted)
+  x = np.random.default_rng(1).standard_normal((2, 3, 13, 11)).astype(np.float32)
+  with Context(PARALLEL=1):
+    step = jit(lambda x: conv2d(x, weight, None, 1, 1).relu().contiguous() + 1)
+    compiling._cache.clear()
+    step(Tensor(x).realize())
+  first, *rest = started
+  assert len(made) == 1 and first and all(first < keys for keys in rest)
+  assert first == {key for key in rest[-1] if compiling._cache[key].arg.name.startswith("conv")}

@@ -59,12 +59,14 @@ PLACES = [*(f"tinygrad.helpers:{name}" for name in HELPERS), *(f"tinygrad.engine
           "tinygrad.schedule.rangeify:fix_store_hazard", "tinygrad.schedule.indexing:pm_generate_realize_map",
           "tinygrad.schedule.memory:UOp", *(f"tinygrad.uop.ops:{name}" for name in ("Ops", "CallInfo", "KernelInfo", "ProgramInfo")),
           "tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:AddrSpace", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
-          "tinygrad.runtime.ops_cpu:CPUProgram", "tinygrad.device:MultiBuffer"]
+          "tinygrad.runtime.ops_cpu:CPUProgram", "tinygrad.device:MultiBuffer", "tinygrad.codegen.opt:Opt",
+          "tinygrad.codegen.opt.postrange:Scheduler"]
 SILENT = {"tinygrad.engine.worker:get_worker_pool"}   # what stands in for it is not asked for then
 
 
 def run(place: str, cache: str) -> tuple[list[float], str]:
   environ = os.environ | {"DEV": "CPU", "XDG_CACHE_HOME": cache}
+  if place.startswith("tinygrad.codegen"): environ |= {"NOOPT": "0", "PARALLEL": "0"}   # the processes that compile have all parts
   done = subprocess.run([sys.executable, "-c", MAIN, place], env=environ, capture_output=True, text=True, check=False, timeout=120)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1]), done.stderr

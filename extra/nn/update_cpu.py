@@ -1,10 +1,12 @@
-"""An optimiser's update on processors: a dozen tensors at a time, each with all that is kept of it, written where they lie by one kernel in C.
+"""An optimiser's update on processors: a dozen tensors at a time, each with all that is kept of it, written where they lie by one kernel in C; and
+the sum of the squares of many gradients.
 
-tinygrad's own has a kernel for each tensor that changes, some hundreds of them, and reads the gradient once for each."""
+tinygrad's own has a kernel for each tensor that changes, some hundreds of them, and reads the gradient once for each. Its sums wait for each
+addition."""
 from collections.abc import Sequence
 from typing import NamedTuple
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import c_kernel
+from tinydet.nn.kernel_cpu import c_kernel, parts_of
 
 MOST_ARGUMENTS = 62   # a kernel takes, beside the core's number
 WORK = 8              # as many multiplications as a number costs, in what `c_kernel` counts
@@ -45,6 +47,40 @@ void NAME(PARAMETERS, const float *now, int core) {
 }
 """
 
+# Each core has a part of the row of all numbers, as above. In float32 for so many of them, then in float64.
+SQUARES = """
+enum { PIECE = 1 << 14 };
+static double squares(const float *restrict x, long count) {
+  double total = 0;
+  for (long from = 0; from < count; from += PIECE) {
+    const long to = LEAST(count, from + PIECE);
+    long i = from;
+    vector sums[8] = {0};
+    for (; i + 8 * LANES <= to; i += 8 * LANES) UNROLLED (int k = 0; k < 8; k++) {
+      const vector v = *(const vector *)(x + i + k * LANES);
+      sums[k] += v * v;
+    }
+    float rest = 0;
+    for (; i < to; i++) rest += x[i] * x[i];
+    const vector all = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    UNROLLED (int l = 0; l < LANES; l++) rest += all[l];
+    total += rest;
+  }
+  return total;
+}
+void NAME(float *restrict out, PARAMETERS, int core) {
+  const float *const tensors[] = { TENSORS };
+  const long begin = (long)TOTAL * core / CORES, end = (long)TOTAL * (core + 1) / CORES;
+  long start = 0;
+  double total = 0;
+  for (int t = 0; t < TENSOR_COUNT; start += sizes[t++]) {
+    const long from = LEAST(begin > start ? begin - start : 0, sizes[t]), to = LEAST(end > start ? end - start : 0, sizes[t]);
+    total += squares(tensors[t] + from, to - from);
+  }
+  out[core] = total;
+}
+"""
+
 
 class Entry(NamedTuple):
   """A tensor to update: it and all that is kept of it (momentum or first moment, second moment, average), its gradient f32, and its kind."""
@@ -74,3 +110,20 @@ def _together(entries: Sequence[Entry], now: Tensor, constants: dict[str, int | 
   tensors = [t for e in entries for t in e.kept]
   for tensor, changed in zip(tensors, c_kernel("update", code, tuple(tensors), total * WORK, (*(e.gradient for e in entries), now), named)):
     tensor.replace(changed)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+  """Of all numbers of `tensors`, f32, as f32 [1]."""
+  rows = [t.contiguous() for t in tensors]
+  sums = [_squares(rows[at:at + MOST_ARGUMENTS - 1]) for at in range(0, len(rows), MOST_ARGUMENTS - 1)]
+  return (sums[0].cat(*sums[1:]) if len(sums) > 1 else sums[0]).sum().reshape(1)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+  """A sum of each core that takes part, f32 [cores]."""
+  total = sum(t.numel() for t in tensors)
+  names = [f"t{i}" for i in range(len(tensors))]
+  code = f"static const long sizes[] = {{ {', '.join(str(t.numel()) for t in tensors)} }};\n" + SQUARES
+  return c_kernel("sum_of_squares", code, parts_of(total), total, tuple(tensors), {
+    "PARAMETERS": ", ".join(f"const float *{name}" for name in names), "TENSORS": ", ".join(names), "TENSOR_COUNT": len(tensors), "TOTAL": total,
+    "COUNT": 16})

@@ -23,6 +23,7 @@ def make(jit: Any, workspace: Workspace, fused: list[int], calls: list[UOp], hel
   compiling: dict[tuple, Future] = {}
   jit.capturing.append(SimpleNamespace(add_linear=lambda linear, var_vals: parts.extend(linear.src)))
   try:
+    _start([u for call in calls for u in call.toposort() if u.op is jit.Ops.CALL and u.src[0].op is jit.Ops.PROGRAM], compiling)   # those in C
     for call, value in zip(calls, fused):
       done = len(parts)
       with Context(PCONTIG=value): jit.schedule(call)

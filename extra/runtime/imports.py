@@ -7,9 +7,10 @@ from tinydet.errors import UserError
 
 
 def change_tinygrad() -> None:
-  """Let tinygrad compile with our clang and our processes, and in any thread, from now on or from when it is imported."""
+  """Let tinygrad compile with our clang, our processes and our loops, and in any thread, from now on or from when it is imported."""
   _when_imported("tinygrad.helpers", _helpers)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
+  _when_imported("tinygrad.codegen.opt.heuristic", _heuristic)
   _when_imported("tinygrad.tensor", _questions)
   for user in ("tinygrad.engine.worker", "tinygrad.engine.realize", "tinygrad.codegen.opt.search"): _when_imported(user, _workers)
 
@@ -22,6 +23,11 @@ def _helpers(module: ModuleType) -> None:
 def _clang(module: ModuleType) -> None:
   from tinydet.runtime import clang
   clang.use_in(module)
+
+
+def _heuristic(module: ModuleType) -> None:
+  from tinydet.runtime import unrolling
+  unrolling.use_in(module)
 
 
 def _questions(module: ModuleType) -> None:

@@ -166,6 +166,7 @@ class Optimizer:
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
   """The Euclidean norm, f32 [1], of all gradients taken as one vector."""
+  if fits(*gradients): return update_cpu.sum_of_squares([g.cast(dtypes.float32) for g in gradients]).sqrt()
   # The small ones together, as a kernel for each costs more than its work. In rounds, because a CPU kernel takes at most 63 buffers.
   small = [g.cast(dtypes.float32).reshape(-1) for g in gradients if g.numel() <= SMALL]
   squares = [g.cast(dtypes.float32).square().sum().reshape(1) for g in gradients if g.numel() > SMALL]
