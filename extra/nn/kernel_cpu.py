@@ -34,6 +34,7 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 #define UNROLLED _Pragma("clang loop unroll(full)") for
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define WHOLE(a, b) (((a) + (b) - 1) / (b))
+#define APART __attribute__((noinline)) static   // long ones: all in one function takes clang half as long again
 """
 
 TAIL = """
@@ -73,7 +74,7 @@ static inline vector silu(vector x) { return x / above_sigmoid(x); }
 # Pictures [GROUPS*IN, HEIGHT, COLUMNS] as they are: the ROWS rows of one from `top` on, sorted into PHASE_ROWS x PHASE_COLUMNS phases of the stride
 # and with zeros around
 LAY_OUT = """
-static inline void lay_out(float *restrict to, const float *restrict picture, long top) {
+APART void lay_out(float *restrict to, const float *restrict picture, long top) {
   for (int r = 0; r < ROWS; r++) UNROLLED (int p = 0; p < PHASE_ROWS; p++) {
     const long row = (top + r) * STRIDE + p - PADDING;
     UNROLLED (int q = 0; q < PHASE_COLUMNS; q++) {

@@ -19,8 +19,8 @@ enum { VECTORS = WHOLE(OUT, LANES), SHARE = LEAST(ACROSS_MOST, WHOLE(VECTORS, OU
        CHUNKS = WHOLE(VECTORS, ACROSS), DEEP = LEAST(IN, AT_LEAST_1(SUMS / ACROSS / TAPS_A_ROW)), DOWN = DEEP * TAPS_A_ROW, BLOCKS = WHOLE(IN, DEEP),
        STEP = ACROSS * LANES, TAPS = KERNEL_ROWS * TAPS_A_ROW };
 
-// LANES rows of LANES numbers become columns. Not inlined: it is most of what there is to compile.
-__attribute__((noinline)) static void turn(float *restrict to, long to_step, const float *restrict from, long from_step) {
+// LANES rows of LANES numbers become columns
+APART void turn(float *restrict to, long to_step, const float *restrict from, long from_step) {
   vector q[LANES];
   UNROLLED (int l = 0; l < LANES; l++) q[l] = *(const vector *)(from + l * from_step);
 #define EXCHANGE(s) UNROLLED (int i = 0; i < LANES; i++) if (!(i & s)) { \\
@@ -30,12 +30,12 @@ __attribute__((noinline)) static void turn(float *restrict to, long to_step, con
 }
 
 // `numbers` of LANES planes, pixel by pixel
-static inline void pack(float *restrict to, const float *restrict from, int numbers) {
+APART void pack(float *restrict to, const float *restrict from, int numbers) {
   if (numbers < LANES) for (int p = 0; p < numbers; p++) for (int l = 0; l < LANES; l++) to[p * STEP + l] = from[l * G_PLANE + p];
   else for (int p = 0; p < numbers; p += LANES) turn(to + LEAST(p, numbers - LANES) * STEP, STEP, from + LEAST(p, numbers - LANES), G_PLANE);
 }
 
-static inline void multiply(float *restrict sums, const float *restrict g, const float *restrict x, long x_picture, int pictures, int rows,
+APART void multiply(float *restrict sums, const float *restrict g, const float *restrict x, long x_picture, int pictures, int rows,
                             int first) {
   vector sum[DOWN][ACROSS];
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] = (vector){0};

@@ -68,7 +68,7 @@ CONVOLVE = """
 typedef float wide __attribute__((vector_size(16 * LANES), aligned(4)));
 enum { BANDS = WHOLE(TY, BAND), GATHERED = WHOLE(BATCH, PICTURES) };
 
-static inline void to_points(float *v, float rows[6][ROOM], const float *picture, long top) {
+APART void to_points(float *v, float rows[6][ROOM], const float *picture, long top) {
   static const float nothing[WIDTH];   // zeros
   const float *r[6];
   UNROLLED (int k = 0; k < 6; k++) r[k] = top + k >= 0 && top + k < HEIGHT ? picture + (top + k) * WIDTH : nothing;
@@ -86,7 +86,7 @@ static inline void to_points(float *v, float rows[6][ROOM], const float *picture
   }
 }
 
-static inline void multiply(float *m, const float *v, const float *u) {
+APART void multiply(float *m, const float *v, const float *u) {
   for (int chunk = 0; chunk < CHUNKS; chunk++, v += ACROSS * LANES, m += ACROSS * LANES) {
     const float *in = v, *w = u;
     vector sum[DOWN][ACROSS];
@@ -97,7 +97,7 @@ static inline void multiply(float *m, const float *v, const float *u) {
   }
 }
 
-static inline void from_points(float *plane, const float *m, long top, float bias) {
+APART void from_points(float *plane, const float *m, long top, float bias) {
   for (int t = 0; t < TX; t += LANES) {
     vector half[6][4], done[4][4];
     UNROLLED (int k = 0; k < 6; k++) {
