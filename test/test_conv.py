@@ -4,7 +4,7 @@ import numpy as np, pytest
 from tinygrad import Context, Device, Tensor, codegen, dtypes
 from tinygrad.engine import realize
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from tinydet.nn import conv, conv_cpu, kernel_cpu, weight_gradient_cpu
+from tinydet.nn import conv, conv_cpu, kernel_cpu, weight_gradient_cpu, winograd_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
@@ -80,6 +80,25 @@ def test_gradients_of_weights_in_pieces(case, cores, monkeypatch):
   found, = (conv2d(*tensors, None, stride, padding, groups) * Tensor(r)).sum().gradient(tensors[1])
   expected = back(r)[1]
   np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("at_hand, most_times", [(0, 99), (1 << 15, 99), (1 << 18, 99), (0, -1)], ids=["a block", "some", "all", "before"])
+def test_weights_at_their_points(at_hand, most_times, cores, monkeypatch):
+  """A block of them at a time, some, all, and by a kernel of their own: for channels that no vector divides, and more work than cores."""
+  monkeypatch.setattr(winograd_cpu, "AT_HAND", at_hand)
+  monkeypatch.setattr(winograd_cpu, "MOST_TIMES", most_times)
+  monkeypatch.setattr(winograd_cpu, "MOST", 1 << 10)   # bands of few tiles
+  for module in (winograd_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
+  monkeypatch.setattr(kernel_cpu, "_traced", {})
+  names, make = [], winograd_cpu.c_kernel
+  monkeypatch.setattr(winograd_cpu, "c_kernel", lambda name, *args: names.append(name) or make(name, *args))
+  x, w, bias, r, out, back = draw(case := (2, 40, 51, 37, 50, 3, 1, 1, 1))
+  tensors = [Tensor(a) for a in (x, w, bias)]
+  ours = conv2d(*tensors, *case[-3:])
+  Tensor.realize(*(found := [ours, *(ours * Tensor(r)).sum().gradient(*tensors)]))
+  for a, expected in zip(found, [out, *back(r)], strict=True): np.testing.assert_allclose(a.numpy(), expected, rtol=1e-6, atol=1e-5 * expected.std())
+  assert ("conv_weights" in names) == (most_times < 0), names
 
 
 @pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], DEPTHWISE[2]], ids=str)

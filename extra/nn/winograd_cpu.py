@@ -7,6 +7,9 @@ from tinygrad import Tensor
 from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of
 
 LANES, MOST = 16, 3 << 20   # of the widest vectors that a band of tiles is chosen for; bytes of what a core has at hand at a time, about
+# Weights are brought to their points by the core that needs them, so many numbers at a time, which stay in its second cache: all at once they are four
+# times the weights, and travel to memory and back. Where a core would do so for more than these more often than that, a kernel of its own does it before.
+AT_HAND, MOST_TIMES = 1 << 17, 2
 
 
 def _orders(lanes: int) -> str:
@@ -24,7 +27,8 @@ enum {{ TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), TILES = PICTURES * BAND * TX
        FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
        ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), CHUNKS = WHOLE(VECTORS, ACROSS),
        ROW = CHUNKS * ACROSS * LANES + LANES, DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), MINE = WHOLE(BLOCKS, SPLITS),
-       ROOM = WHOLE(TX, LANES) * LANES * 4 + 8, V_STEP = IN * ROW + LANES, M_STEP = MINE * DOWN * ROW + LANES, U_STEP = BLOCKS * IN * DOWN + LANES }};
+       ROOM = WHOLE(TX, LANES) * LANES * 4 + 8, V_STEP = IN * ROW + LANES, M_STEP = MINE * DOWN * ROW + LANES,
+       PIECE = 36 * DOWN * LANES, BLOCK = WHOLE(IN, LANES) * PIECE, TOGETHER = AT_HAND < BLOCK ? 1 : LEAST(MINE, AT_HAND / BLOCK) }};
 #if defined(__AVX512F__)
 {_orders(16)}#elif defined(__AVX__)
 {_orders(8)}#else
@@ -33,27 +37,40 @@ enum {{ TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), TILES = PICTURES * BAND * TX
 #define B 1.41421356f
 """
 
-# u [36][BLOCKS][IN][DOWN], in the order in which it is read, from w, of which FLIP turns the taps around
-WEIGHTS = """
+TO_POINTS = """
+// u [IN / LANES][DOWN][36][LANES] of a block of the weights, of which FLIP turns the taps around: written in one go
 #define POINTS(z, a, b, c) { \\
-  const float e = -(2.f / 3) * a - (1.f / 3) * c, f = -(2.f / 3) * A * b, g = (1.f / 6) * a + (1.f / 3) * c, h = (1.f / 6) * B * b; \\
+  const vector e = -(2.f / 3) * a - (1.f / 3) * c, f = -(2.f / 3) * A * b, g = (1.f / 6) * a + (1.f / 3) * c, h = (1.f / 6) * B * b; \\
   z(0, a) z(1, e + f) z(2, e - f) z(3, g + h) z(4, g - h) z(5, c) }
-void NAME(float *restrict u, const float *restrict w, int core) {
-  for (long item = (long)BLOCKS * IN * core / CORES; item < (long)BLOCKS * IN * (core + 1) / CORES; item++) {
-    const long block = item / IN, i = item % IN, o = LEAST(block * DOWN, OUT - DOWN);
-    float taps[9][DOWN], half[6][3][DOWN];
-    for (int d = 0; d < DOWN; d++) for (int t = 0; t < 9; t++) taps[t][d] = w[(o + d) * W_OUT + i * W_IN + (FLIP ? 8 - t : t)];
-    for (int q = 0; q < 3; q++) for (int d = 0; d < DOWN; d++) {
-#define Z(p, value) half[p][q][d] = value;
-      POINTS(Z, taps[q][d], taps[3 + q][d], taps[6 + q][d])
-#undef Z
+APART void weights_to_points(float *u, const float *weight) {
+  for (long i = 0; i < IN; i += LANES, u += PIECE) {
+    float taps[DOWN][9][LANES];
+    for (int d = 0; d < DOWN; d++) for (int l = 0; l < LANES; l++) {
+      const float *from = weight + d * W_OUT + LEAST(i + l, IN - 1) * W_IN;
+      UNROLLED (int t = 0; t < 9; t++) taps[d][t][l] = from[FLIP ? 8 - t : t];
     }
-    for (int p = 0; p < 6; p++) for (int d = 0; d < DOWN; d++) {
-#define Z(q, value) u[(long)(p * 6 + q) * U_STEP + (block * IN + i) * DOWN + d] = value;
-      POINTS(Z, half[p][0][d], half[p][1][d], half[p][2][d])
+    for (int d = 0; d < DOWN; d++) {
+      vector w[9], half[6][3];
+      UNROLLED (int t = 0; t < 9; t++) w[t] = *(const vector *)taps[d][t];
+      UNROLLED (int q = 0; q < 3; q++) {
+#define Z(p, value) half[p][q] = value;
+        POINTS(Z, w[q], w[3 + q], w[6 + q])
 #undef Z
+      }
+      UNROLLED (int p = 0; p < 6; p++) {
+#define Z(q, value) *(vector *)(u + (d * 36 + p * 6 + q) * LANES) = value;
+        POINTS(Z, half[p][0], half[p][1], half[p][2])
+#undef Z
+      }
     }
   }
+}
+"""
+
+WEIGHTS = """
+void NAME(float *restrict u, const float *restrict weight, int core) {
+  for (long block = BLOCKS * core / CORES; block < BLOCKS * (core + 1) / CORES; block++)
+    weights_to_points(u + block * BLOCK, weight + LEAST(block * DOWN, OUT - DOWN) * W_OUT);
 }
 """
 
@@ -91,8 +108,12 @@ APART void multiply(float *m, const float *v, const float *u) {
     const float *in = v, *w = u;
     vector sum[DOWN][ACROSS];
     UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] = (vector){0};
-    for (int i = 0; i < IN; i++, in += ROW, w += DOWN)
-      UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] += *(const vector *)(in + a * LANES) * w[d];
+    for (int i = 0; i < IN; i += LANES, w += PIECE) {
+      if (READY) UNROLLED (int d = 0; d < DOWN; d++) __builtin_prefetch(w + 2 * PIECE + d * 36 * LANES);
+      for (int l = 0; l < LEAST(LANES, IN - i); l++, in += ROW)
+        UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++)
+          sum[d][a] += *(const vector *)(in + a * LANES) * w[d * 36 * LANES + l];
+    }
     UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) *(vector *)(m + d * ROW + a * LANES) = sum[d][a];
   }
 }
@@ -126,17 +147,29 @@ APART void from_points(float *plane, const float *m, long top, float bias) {
 }
 
 void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
-  float *v = scratch + (long)core * SCRATCH, *m = v + 36 * V_STEP, rows[6][ROOM];
+  float *v = scratch + (long)core * SCRATCH, *m = v + 36 * V_STEP, *u = m + 36 * M_STEP, rows[6][ROOM];
   for (int k = 0; k < 6; k++) for (int c = 0; c < ROOM; c++) rows[k][c] = 0;
   for (int f = 0; f < 36; f++) for (int i = 0; i < IN; i++) for (int c = TILES; c < ROW; c++) v[f * V_STEP + i * ROW + c] = 0;
   const long items = (long)GATHERED * BANDS * SPLITS;
+  long there = -1;   // the part of the weights that is at its points
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
-    const long split = item % SPLITS, first = LEAST(item / SPLITS % BANDS * BAND, TY - BAND);
-    const long from = BLOCKS * split / SPLITS, to = BLOCKS * (split + 1) / SPLITS, b = LEAST(item / SPLITS / BANDS * PICTURES, BATCH - PICTURES);
+    const long split = item / (GATHERED * BANDS), first = LEAST(item % BANDS * BAND, TY - BAND);
+    const long from = BLOCKS * split / SPLITS, to = BLOCKS * (split + 1) / SPLITS, b = LEAST(item / BANDS % GATHERED * PICTURES, BATCH - PICTURES);
     for (long i = 0; i < IN; i++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++)
       to_points(v + i * ROW + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * HEIGHT * WIDTH, (first + y) * 4 - PADDING);
+#if READY
     for (int f = 0; f < 36; f++) for (long block = from; block < to; block++)
-      multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + f * U_STEP + block * IN * DOWN);
+      multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + block * BLOCK + f * LANES);
+#else
+    for (long group = from; group < to; group += TOGETHER) {
+      const long end = LEAST(to, group + TOGETHER);
+      if (TOGETHER < MINE || there != split) for (long block = group; block < end; block++)
+        weights_to_points(u + (block - group) * BLOCK, weight + LEAST(block * DOWN, OUT - DOWN) * W_OUT);
+      there = split;
+      for (int f = 0; f < 36; f++) for (long block = group; block < end; block++)
+        multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, u + (block - group) * BLOCK + f * LANES);
+    }
+#endif
     for (long block = from; block < to; block++) for (int d = 0; d < DOWN; d++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++) {
       const long o = LEAST(block * DOWN, OUT - DOWN) + d;
       from_points(out + ((b + p) * OUT + o) * OUT_H * OUT_W, m + ((block - from) * DOWN + d) * ROW + (p * BAND + y) * TX, (first + y) * 4, BIAS(o));
@@ -152,8 +185,9 @@ def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]
   return min(channels, out_channels) >= 32 and min(out_size) >= 8 and batch * tiles >= 24
 
 
-def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> tuple[int, int, int]:
-  """Pictures, rows of tiles and parts of the channels that a part of the work takes: those of which the last core to be ready is ready first."""
+def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> tuple[int, int, int, int]:
+  """Pictures, rows of tiles and parts of the channels that a part of the work takes: those of which the last core to be ready is ready first. And how
+  often a core then needs the same weights."""
   across, down = (-(-side // 4) for side in reversed(out_size))
   best = None
   for pictures, band in [(1, band) for band in range(1, down + 1)] + [(n, down) for n in range(2, batch + 1)]:
@@ -168,7 +202,7 @@ def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int
       # cycles: two multiplications of vectors in one, some 200 for a row of tiles on its way to the points, 130 back; weights read again
       cost = -(-items // cores) * (18 * computed * channels * out_channels / splits + 200 * rows * channels + 130 * rows * out_channels / splits
                                    + 9 * channels * out_channels / splits)
-      if best is None or cost < best[0]: best = cost, pictures, band, splits
+      if best is None or cost < best[0]: best = cost, pictures, band, splits, -(-items // max(cores, splits))
   return best[1:]
 
 
@@ -181,15 +215,17 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channe
   out_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
   products = batch * out_channels * out_size[0] * out_size[1] * channels * 9
   cores = parts_of(products)
-  pictures, band, splits = _plan(batch, channels, out_channels, out_size, cores)
+  pictures, band, splits, times = _plan(batch, channels, out_channels, out_size, cores)
+  ready = times > MOST_TIMES and 36 * channels * out_channels // splits > AT_HAND
   # no smaller than what the kernels' own enums come to for any vectors
   row = pictures * band * -(-out_size[1] // 4) + 80
-  scratch = 36 * ((channels + out_channels // splits + 48) * row + 32)
+  scratch = 36 * ((channels + out_channels // splits + 48) * row + 48) + (0 if ready else max(AT_HAND, 36 * 24 * (channels + 16)))
   step = (9, out_channels * 9) if turned else (channels * 9, 9)
   sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
-           "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits}
-  points = c_kernel(f"{name}_weights", SHARED + WEIGHTS, 36 * (channels * (out_channels + 24) + 16), 36 * channels * out_channels, (weight,),
-                    sizes | {"W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)})
-  code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + CONVOLVE
-  return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, points, *([] if bias is None else [bias])),
-                  sizes | {"SCRATCH": scratch}, scratch)
+           "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits, "AT_HAND": AT_HAND, "SCRATCH": scratch,
+           "W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)}
+  if ready: weight = c_kernel(f"{name}_weights", SHARED + TO_POINTS + WEIGHTS, 36 * (channels + 16) * (out_channels + 24),
+                              36 * channels * out_channels, (weight,), sizes)
+  code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + ("" if ready else TO_POINTS) + CONVOLVE
+  return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, weight, *([] if bias is None else [bias])),
+                  sizes | {"READY": int(ready)}, scratch)
