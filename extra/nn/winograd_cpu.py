@@ -7,8 +7,8 @@ from tinygrad import Tensor
 from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of
 
 LANES, MOST = 16, 3 << 20   # of the widest vectors that a band of tiles is chosen for; bytes of what a core has at hand at a time, about
-# Weights are brought to their points by the core that needs them, so many numbers at a time, which stay in its second cache: all at once they are four
-# times the weights, and travel to memory and back. Where a core would do so for more than these more often than that, a kernel of its own does it before.
+# Weights are brought to their points by the core that needs them, so many numbers at a time, which stay in its second cache: all at once they are
+# four times the weights, and travel to memory and back. Where a core would do so for more than these, more often than that, a kernel does it before.
 AT_HAND, MOST_TIMES = 1 << 17, 2
 
 
