@@ -436,6 +436,7 @@ def test_shapes_of_cvat(tmp_path):
   said = "\n".join(dataset.warnings)
   assert "without an extent (points, lines, masks), passed over (3): p0.png shape 6" in said and "rotation, taken as the upright box" in said
   for inside, wrong in (("<track id='0' label='cat'><box frame='0'/></track>", "has <track>, a video's"), ("<meta/>", "has no <image>"),
+                        ("<image id='0' name='p0.png'>", r"annotations\.xml: cannot be read \(is not XML: mismatched tag"),
                         ("<image id='0' name='p0.png'><box label='cat' xtl='9' ytl='1' xbr='2' ybr='3'/></image>", "negative width or height"),
                         ("<image id='0' name='p0.png'><box label='cat' xtl='nan' ytl='1' xbr='2' ybr='3'/></image>", "are no numbers"),
                         ("<image id='0' name='p0.png' width='\u00b2' height='9'/>", "sizes of pictures that are no positive whole numbers"),

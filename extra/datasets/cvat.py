@@ -28,7 +28,7 @@ def read_cvat(file: Path, folder: Path, roots: list[Path], problems: Problems) -
   """The pictures of an annotations.xml. Boxes, polygons and ellipses are objects, and a skeleton is the box around its points; points, lines and
   masks have no extent. A picture without shapes is background. UserError for the tracks of a video, which name no pictures."""
   try: root = parse_xml(file, MAX_XML)
-  except (OSError, ValueError, LookupError, ElementTree.ParseError) as e: raise UserError(f"{file}: cannot be read ({reason(e)})") from e
+  except (OSError, ValueError, LookupError) as e: raise UserError(f"{file}: cannot be read ({reason(e)})") from e
   if root.find("track") is not None:
     raise UserError(f"{file}: has <track>, a video's; export the task from CVAT as 'CVAT for images' or COCO")
   entries = []

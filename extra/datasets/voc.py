@@ -162,9 +162,8 @@ def _parse_all(folder: Path, annotated: dict[str, str], problems: Problems) -> d
       trees[name] = parse_xml(folder / file)
       if not any(trees[name].find(key) is not None for key in ("size", "object", "filename")):   # they may be in a name space
         problems.error(f"annotations with no <size>, <object> or <filename> in their <{shown(trees[name].tag, 60)}>", [shown(file)])
-    except (OSError, ValueError, LookupError, ElementTree.ParseError) as e:   # LookupError: of an encoding that nobody knows
-      why = f"is not XML: {e}" if isinstance(e, ElementTree.ParseError) else reason(e)
-      problems.error("annotations that cannot be read", [f"{shown(file)} ({why})"])
+    except (OSError, ValueError, LookupError) as e:   # LookupError: of an encoding that nobody knows
+      problems.error("annotations that cannot be read", [f"{shown(file)} ({reason(e)})"])
   return trees
 
 
@@ -239,9 +238,11 @@ def _size(tree: ElementTree.Element, file: str, problems: Problems) -> tuple[int
 
 
 def parse_xml(file: Path, most: int = MAX_XML) -> ElementTree.Element:
-  """The root of an XML file of at most `most` bytes; a document type declaration, the only place for entities, is refused. OSError, ValueError,
-  LookupError or ElementTree.ParseError where it cannot be read."""
-  return ElementTree.XML(read_bytes(file, most), ElementTree.XMLParser(target=_Tree()))
+  """The root of an XML file of at most `most` bytes; a document type declaration, the only place for entities, is refused. OSError, ValueError or
+  LookupError where it cannot be read."""
+  text = read_bytes(file, most)
+  try: return ElementTree.XML(text, ElementTree.XMLParser(target=_Tree()))
+  except ElementTree.ParseError as e: raise ValueError(f"is not XML: {e}") from e
 
 
 class _Tree(ElementTree.TreeBuilder):
