@@ -23,7 +23,7 @@ def use_in(heuristic: ModuleType) -> None:
   plain = getattr(heuristic, "hand_coded_optimizations", None)
   if plain is None or not _parts: return
   def hand_coded_optimizations(kernel: Any) -> Any:
-    mine = _unrolled(kernel) if isinstance(kernel.ren, ClangRenderer) else None
+    mine = _unrolled(kernel) if type(kernel.ren) is ClangRenderer else None   # not what is made from it, for other devices
     return plain(kernel) if mine is None else mine
   heuristic.hand_coded_optimizations = hand_coded_optimizations
 
