@@ -1,5 +1,5 @@
 """Layers against float64 numpy, and what a seed promises about first values."""
-import gc, math, weakref
+import gc, math, weakref, zlib
 import numpy as np, pytest
 from tinygrad import Context, Device, GlobalCounters, Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
@@ -155,6 +155,25 @@ class Larger(Small):
 def values(model, seed=0):
   init.initialize(model, lambda key, shape: init.normal(0.5) if len(shape) > 1 else init.constant(0.25), seed)
   return {key: t.numpy() for key, t in get_state_dict(model).items()}
+
+
+def test_weights_are_what_one_generator_a_tensor_draws_whoever_draws_it():
+  names, found = [f"{layer}.{part}" for layer in ("first", "second") for part in ("weight", "bias")], values(Small(), seed=3)
+  assert list(found) == names
+  for name in names:
+    rng = np.random.default_rng((3, zlib.crc32(name.encode())))
+    expected = rng.standard_normal((4, 3, 3, 3)) * 0.5 if name.endswith("weight") else np.full(4, 0.25)
+    np.testing.assert_array_equal(found[name], expected.astype(np.float32))
+
+
+def test_a_few_are_drawn_ahead():
+  """In order, and no more at a time than a few; what one of them raises comes out."""
+  begun = []
+  ahead = init._ahead(lambda i: begun.append(i) or 100 // (7 - i), range(50))
+  found = [next(ahead) for _ in range(4)]
+  assert found == [14, 16, 20, 25] and len(begun) <= 4 + 2 * init.THREADS + 1
+  with pytest.raises(ZeroDivisionError): list(ahead)
+  assert list(init._ahead(str, range(20))) == list(map(str, range(20))) and list(init._ahead(str, [])) == []
 
 
 @pytest.mark.parametrize("layer", [

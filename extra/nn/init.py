@@ -1,6 +1,9 @@
 """Weight initialisation, drawn with numpy: the same values on every device, and no kernel to compile for any of them."""
 import math, zlib
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
@@ -8,6 +11,8 @@ from tinydet.parts import take
 
 _numpy = take("tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:_from_np_dtype", instead="weights are put on the device as they come, and cast there")
 TOGETHER = 256   # tensors that get their values at a time
+THREADS = 2      # that draw and copy them
+LARGE = 1 << 16  # numbers whose copy is worth another thread
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
@@ -53,8 +58,21 @@ def normalization(key: str) -> Draw:
 def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed: int = 0) -> None:
   """Fill every tensor of `model`'s state dict with what `rule(key, shape)` draws, each from a generator of its own (seed, key): adding a layer leaves
   the others as they were."""
-  set_all((tensor, rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape))
-          for key, tensor in get_state_dict(model).items())
+  def draw(named: tuple[str, Tensor]) -> tuple[Tensor, np.ndarray]:
+    key, tensor = named
+    values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
+    return tensor, np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None)
+  set_all(_ahead(draw, get_state_dict(model).items()))
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable) -> Iterator:
+  """`map`, computed by threads a few items ahead, which costs no more memory than those: numpy draws and copies beside Python."""
+  with ThreadPoolExecutor(THREADS) as pool:
+    waiting: deque[Future] = deque()
+    for item in items:
+      waiting.append(pool.submit(function, item))
+      if len(waiting) > 2 * THREADS: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
 
 
 def set_values(tensor: Tensor, values: np.ndarray) -> None:
@@ -65,15 +83,16 @@ def set_values(tensor: Tensor, values: np.ndarray) -> None:
 def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
   """`set_values` of many, `TOGETHER` at a time: whenever something is realised, tinygrad looks through all tensors there are."""
   waiting: list[Tensor] = []
-  for tensor, values in pairs:
-    values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
-    is_param = tensor.is_param
-    # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
-    new = on_device(values, tensor.device or Device.DEFAULT)
-    waiting.append(tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param))
-    if len(waiting) == TOGETHER:
-      Tensor.realize(*waiting)
-      waiting.clear()
+  with ThreadPoolExecutor(THREADS) as pool:   # all is copied when it ends
+    for tensor, values in pairs:
+      values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
+      is_param = tensor.is_param
+      # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
+      new = on_device(values, tensor.device or Device.DEFAULT, pool.submit if values.size > LARGE else None)
+      waiting.append(tensor.replace((new if _numpy else new.cast(tensor.dtype)).reshape(tensor.shape)).is_param_(is_param))
+      if len(waiting) == TOGETHER:
+        Tensor.realize(*waiting)
+        waiting.clear()
   if waiting: Tensor.realize(*waiting)
 
 
@@ -82,11 +101,13 @@ def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
   return on_device(values, device).realize()
 
 
-def on_device(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
-  """`values` on `device` once they are realised. On the CPU they are copied to its memory: tinygrad would schedule the copy, which takes several
-  times as long as it."""
+def on_device(values: np.ndarray, device: str | tuple[str, ...], start: Callable[..., Any] | None = None) -> Tensor:
+  """`values` on `device` once they are realised. On the CPU they are copied to its memory, by `start(function, to, from)` if that is given: tinygrad
+  would schedule the copy, which takes several times as long as it."""
   if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device)
   tensor = Tensor.empty(*values.shape, dtype=_numpy[1](values.dtype), device="CPU")
   memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
-  np.copyto(np.frombuffer(memory, values.dtype).reshape(values.shape), values)
+  arrays = np.frombuffer(memory, values.dtype).reshape(values.shape), values
+  if start: start(np.copyto, *arrays)
+  else: np.copyto(*arrays)
   return tensor

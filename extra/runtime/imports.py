@@ -7,8 +7,11 @@ from tinydet.errors import UserError
 
 
 def change_tinygrad() -> None:
-  """Let tinygrad compile with our clang, our processes and our loops, and in any thread, from now on or from when it is imported."""
+  """Let tinygrad open its devices sooner, and compile with our clang, our processes and our loops, and in any thread, from now on or from when it is
+  imported."""
   _when_imported("tinygrad.helpers", _helpers)
+  _when_imported("tinygrad.device", _devices)
+  _when_imported("tinygrad.runtime.ops_cpu", _cpu)
   _when_imported("tinygrad.runtime.support.compiler_cpu", _clang)
   _when_imported("tinygrad.codegen.opt.heuristic", _heuristic)
   _when_imported("tinygrad.tensor", _questions)
@@ -18,6 +21,16 @@ def change_tinygrad() -> None:
 def _helpers(module: ModuleType) -> None:
   _cache_of_threads(module)
   _variables(module)
+
+
+def _devices(module: ModuleType) -> None:
+  from tinydet.runtime import opening
+  opening.use_in_devices(module)
+
+
+def _cpu(module: ModuleType) -> None:
+  from tinydet.runtime import opening
+  opening.use_in_cpu(module)
 
 
 def _clang(module: ModuleType) -> None:
