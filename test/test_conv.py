@@ -1,10 +1,12 @@
 """The convolution with its own gradient: against float64 sums over taps, finite differences, and the gradient that tinygrad derives itself."""
-import platform
+import ctypes, platform
 import numpy as np, pytest
 from tinygrad import Context, Device, Tensor, codegen, dtypes
+from tinygrad.device import TinyELF
 from tinygrad.engine import realize
+from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from tinydet.nn import conv, conv_cpu, kernel_cpu, weight_gradient_cpu, winograd_cpu
+from tinydet.nn import conv, conv_cpu, kernel_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
@@ -101,6 +103,33 @@ def test_weights_at_their_points(at_hand, most_times, cores, monkeypatch):
   assert ("conv_weights" in names) == (most_times < 0), names
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize(("case", "pieces", "cores"), [
+  (WINOGRAD[0], 1, 1), (WINOGRAD[1], 30, 2), (WINOGRAD[2], 18, 7), (WINOGRAD[3], 999, 3), ((3, 70, 50, 14, 11, 3, 1, 1, 1), 9, 20),
+  ((2, 40, 129, 25, 17, 3, 1, 0, 1), 50, 4)], ids=str)
+def test_gradients_of_weights_at_their_points(case, pieces, cores, wide, monkeypatch):
+  """Whatever a core's share, with many rows of pieces at a time and one, and a rest of them, with vectors of this processor and of 16; from memory
+  full of what was there before, and without a number beyond what is asked for."""
+  monkeypatch.setattr(winograd_gradient_cpu, "PIECES", pieces)
+  for module in (winograd_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
+  asked = []
+  monkeypatch.setattr(winograd_gradient_cpu, "c_kernel", lambda *args: asked.append(args))
+  batch, cin, cout, height, width, _, _, padding, _ = case
+  x, _, _, r, _, back = draw(case)
+  winograd_gradient_cpu.weight_gradient(*(Tensor(a).reshape(-1) for a in (x, r)), batch, cin, cout, (height, width), padding)
+  (name, code, size, _, _, sizes, scratch), = asked
+  renderer, beyond = Device["CPU"].renderer, 64
+  source = "#define __AVX512F__ 1\n" * wide + kernel_cpu.spelled(name, code, cores, sizes)
+  elf = TinyELF(renderer.compiler.compile_cached(source), name, renderer.target, ())
+  memory = [np.full(numbers + beyond, np.nan, np.float32) for numbers in (size, cores * scratch)]
+  program = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int)((loaded := CPUProgram(Device["CPU"], elf)).addr)
+  for core in reversed(range(cores)): program(*(array.ctypes.data for array in (*memory, x, r)), core)
+  del loaded
+  expected = back(r)[1]
+  np.testing.assert_allclose(memory[0][:size].reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
+  for array in memory: assert np.isnan(array[-beyond:]).all()
+
+
 @pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], DEPTHWISE[2]], ids=str)
 def test_two_devices_share_the_pictures(case):
   """Each by the same kernels; a gradient that is the same number everywhere has no parts yet."""
@@ -184,15 +213,15 @@ def test_convolutions_of_equal_shape_in_one_graph():
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86 processors")
-@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
-def test_processors_with_shorter_vectors(without, monkeypatch):
-  """The kernels choose vectors and tiles by what the processor has: here it has less."""
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx", "-D__AVX512F__=1"])
+def test_processors_with_other_vectors(flag, monkeypatch):
+  """The kernels choose vectors and tiles by what the processor has: here it has less, or says that it has more, of which clang makes two."""
   compiler = Device["CPU"].renderer.compiler
   assert isinstance(compiler, ClangCompiler)
-  monkeypatch.setattr(compiler, "args", [*compiler.args, without])
+  monkeypatch.setattr(compiler, "args", [*compiler.args, flag])
   monkeypatch.setattr(compiler, "cachekey", None)   # what is compiled so is not for others
   for module in (codegen, realize): monkeypatch.setattr(module, "to_program_cache", {})
-  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD[::3], PIECES[1], *DEPTHWISE[:4:2]):
+  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD, PIECES[1], *DEPTHWISE[:4:2]):
     *_, stride, padding, groups = case
     x, w, bias, r, out, back = draw(case)
     tensors = [Tensor(a) for a in (x, w, bias)]

@@ -9,7 +9,7 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from tinygrad import Tensor, UOp
-from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu
+from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, divide, parts_of, run, shards
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
@@ -17,13 +17,15 @@ from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS
 TILE = """
 enum { VECTORS = WHOLE(COUNT, LANES), FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
        ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), TILES = WHOLE(VECTORS, ACROSS),
-       DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN) };
+       DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), AHEAD = TAPS > 1 ? 3 : 12 };
 static inline void tile(float *restrict to, const float *restrict in, const float *restrict w, long start, int tap, int end BIAS_PARAMETER) {
   long at[ACROSS];
   UNROLLED (int v = 0; v < ACROSS; v++) at[v] = LEAST(start + v * LANES, COUNT - LANES);
   vector sum[DOWN][ACROSS];
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = (vector){0} + BIAS(d);
-  for (int i = 0; i < IN; i++, in += X_PLANE, w += W_IN)
+  for (int i = 0; i < IN; i++, in += X_PLANE, w += W_IN) {
+    // where a channel's weights lie far from the one's before, as in gradients, nothing foresees them
+    if (W_IN > TAPS) UNROLLED (int k = 0; k < DOWN * W_OUT; k += 16) __builtin_prefetch(w + AHEAD * W_IN + k);
     for (int t = tap; t < end; t++) {
       vector a[ACROSS];
       UNROLLED (int v = 0; v < ACROSS; v++) a[v] = *(const vector *)(in + taps[t].x + at[v]);
@@ -31,6 +33,7 @@ static inline void tile(float *restrict to, const float *restrict in, const floa
       if (TAPS == 1 && COUNT > 1000) UNROLLED (int v = 0; v < ACROSS; v++) __builtin_prefetch(in + at[v] + ACROSS * LANES);
       UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] += a[v] * w[taps[t].w + d * W_OUT];
     }
+  }
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
   if (WIDTH == PITCH) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++)
     *(vector *)(to + (long)d * PHASES * PLANE + at[v]) = sum[d][v];
@@ -184,6 +187,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    if fast: return winograd_gradient_cpu.weight_gradient(x, grad, batch, channels, out_channels, size, padding)
     if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)
     return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, shape, size, stride, padding, place)
 

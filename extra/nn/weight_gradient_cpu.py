@@ -10,15 +10,7 @@ from tinydet.nn.kernel_cpu import LAY_OUT, c_kernel, parts_of
 
 PIECE = 160   # pixels taken at a time, about: their gradients of four vectors fill a first-level cache
 
-# Gradient [GROUPS*OUT, IN, KERNEL_ROWS, TAPS_A_ROW] of the weight. A tile of sums has ACROSS vectors of output channels, and the taps of one row of
-# the kernel of DEEP input channels; `sums` holds all tiles of a core's share: an OUT_SPLITS-th of the output and an IN_SPLITS-th of the input
-# channels. The gradient lies in planes of G_PLANE numbers, in which it begins at G_START, with a row each G_PITCH.
-WEIGHT_GRADIENT = """
-#define AT_LEAST_1(a) ((a) < 1 ? 1 : (a))
-enum { VECTORS = WHOLE(OUT, LANES), SHARE = LEAST(ACROSS_MOST, WHOLE(VECTORS, OUT_SPLITS)), ACROSS = LEAST(SHARE, AT_LEAST_1(SUMS / TAPS_A_ROW)),
-       CHUNKS = WHOLE(VECTORS, ACROSS), DEEP = LEAST(IN, AT_LEAST_1(SUMS / ACROSS / TAPS_A_ROW)), DOWN = DEEP * TAPS_A_ROW, BLOCKS = WHOLE(IN, DEEP),
-       STEP = ACROSS * LANES, TAPS = KERNEL_ROWS * TAPS_A_ROW };
-
+TURN = """
 // LANES rows of LANES numbers become columns
 APART void turn(float *restrict to, long to_step, const float *restrict from, long from_step) {
   vector q[LANES];
@@ -28,6 +20,16 @@ APART void turn(float *restrict to, long to_step, const float *restrict from, lo
   EXCHANGES
   UNROLLED (int l = 0; l < LANES; l++) *(vector *)(to + l * to_step) = q[l];
 }
+"""
+
+# Gradient [GROUPS*OUT, IN, KERNEL_ROWS, TAPS_A_ROW] of the weight. A tile of sums has ACROSS vectors of output channels, and the taps of one row of
+# the kernel of DEEP input channels; `sums` holds all tiles of a core's share: an OUT_SPLITS-th of the output and an IN_SPLITS-th of the input
+# channels. The gradient lies in planes of G_PLANE numbers, in which it begins at G_START, with a row each G_PITCH.
+WEIGHT_GRADIENT = """
+#define AT_LEAST_1(a) ((a) < 1 ? 1 : (a))
+enum { VECTORS = WHOLE(OUT, LANES), SHARE = LEAST(ACROSS_MOST, WHOLE(VECTORS, OUT_SPLITS)), ACROSS = LEAST(SHARE, AT_LEAST_1(SUMS / TAPS_A_ROW)),
+       CHUNKS = WHOLE(VECTORS, ACROSS), DEEP = LEAST(IN, AT_LEAST_1(SUMS / ACROSS / TAPS_A_ROW)), DOWN = DEEP * TAPS_A_ROW, BLOCKS = WHOLE(IN, DEEP),
+       STEP = ACROSS * LANES, TAPS = KERNEL_ROWS * TAPS_A_ROW };
 
 // `numbers` of LANES planes, pixel by pixel
 APART void pack(float *restrict to, const float *restrict from, int numbers) {
@@ -112,6 +114,11 @@ def _exchanges(lanes: int) -> str:
   return text + f"#define EXCHANGES {' '.join(f'EXCHANGE({s})' for s in steps)}\n"
 
 
+def turning(lanes: int) -> str:
+  """What `TURN` needs, of vectors of so many lanes at most."""
+  return "#if defined(__AVX512F__)\n{}#elif defined(__AVX__)\n{}#else\n{}#endif\n".format(*(_exchanges(min(lanes, n)) for n in (16, 8, 4)))
+
+
 def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tuple[int, ...], size: tuple[int, int], stride: int, padding: int,
                     place: tuple[int, int, int]) -> Tensor:
   """Gradient of a weight of `shape` [Cout,Cin/groups,KH,KW] as one row, from as such rows x [batch,Cin,H,W], with H, W of `size`, and the gradient of
@@ -139,6 +146,5 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tup
            "PITCH": pitch, "OUT_H": out_height, "WIDTH": width, "BAND": band, "PICTURES": pictures, "PLAIN": int(plain), "X_PLANE": x_plane,
            "G_PLANE": plane, "G_START": start, "G_PITCH": gradient_pitch, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}
   lanes = next((n for n in (16, 8, 4, 2) if outs >= n), 1)   # as HEAD has it
-  widest = "#if defined(__AVX512F__)\n{}#elif defined(__AVX__)\n{}#else\n{}#endif\n".format(*(_exchanges(min(lanes, n)) for n in (16, 8, 4)))
-  code = widest + ("" if plain else LAY_OUT) + WEIGHT_GRADIENT
+  code = turning(lanes) + TURN + ("" if plain else LAY_OUT) + WEIGHT_GRADIENT
   return c_kernel("conv_weight_gradient", code, math.prod(shape), products, (x, grad), sizes, scratch)

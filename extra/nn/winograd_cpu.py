@@ -74,11 +74,15 @@ void NAME(float *restrict u, const float *restrict weight, int core) {
 }
 """
 
-# x [BATCH, IN, HEIGHT, WIDTH], with PADDING zeros around
-CONVOLVE = """
+# six pixels of a row or column at the points
+FORWARD = """
 #define FORWARD(type, z, d0, d1, d2, d3, d4, d5) { \\
   const type e = d4 - 2.f * d2, f = A * d3 - B * d1, g = d4 - .5f * d2, h = B * d3 - A * d1; \\
   z(0, d0 - 2.5f * d2 + d4) z(1, e + f) z(2, e - f) z(3, g + h) z(4, g - h) z(5, d1 - 2.5f * d3 + d5) }
+"""
+
+# x [BATCH, IN, HEIGHT, WIDTH], with PADDING zeros around
+CONVOLVE = FORWARD + """
 #define BACK(z, m0, m1, m2, m3, m4, m5) { \\
   const vector s = m1 + m2, t = m1 - m2, p = m3 + m4, q = m3 - m4; \\
   z(0, m0 + s + p) z(1, A * t + B * q) z(2, .5f * s + 2.f * p) z(3, .35355339f * t + 2.82842712f * q + m5) }
