@@ -6,7 +6,7 @@ from tinygrad.device import TinyELF
 from tinygrad.engine import realize
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from tinydet.nn import conv, conv_cpu, kernel_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
+from tinydet.nn import conv, conv_cpu, kernel_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
@@ -25,6 +25,8 @@ WINOGRAD = CASES[-4:]
 # of taps wider than a tile, groups, fewer pairs of a channel and a tap than lanes
 PIECES = [(5, 5, 40, 9, 7, 3, 1, 1, 1), (2, 7, 72, 23, 31, 3, 2, 1, 1), (3, 33, 130, 19, 20, 1, 1, 0, 1), (1, 3, 24, 40, 44, 11, 4, 2, 1),
           (2, 24, 48, 21, 20, 3, 1, 1, 3), (2, 3, 16, 30, 8, 1, 1, 0, 1), (4, 50, 34, 3, 2, 5, 1, 2, 1), (3, 20, 3, 9, 9, 1, 1, 0, 1)]
+# the matrix product
+POINTWISE = (2, 21, 40, 13, 9, 1, 1, 0, 1)
 # a plane each: whole and broken vectors of a row, rows that are no multiple of four, strides that leave pixels, kernels of many taps
 DEPTHWISE = [(2, 5, 5, 9, 33, 3, 1, 1, 5), (3, 6, 6, 13, 16, 3, 2, 1, 6), (2, 3, 3, 8, 11, 5, 2, 2, 3), (1, 4, 4, 15, 20, 7, 1, 3, 4),
              (2, 7, 7, 3, 1, 3, 1, 1, 7), (1, 5, 5, 10, 12, 5, 3, 0, 5), (2, 3, 3, 6, 7, 1, 1, 0, 3), (1, 2, 2, 2, 6, 3, 3, 1, 2)]
@@ -60,7 +62,7 @@ def draw(case):
   return x, w, bias, rng.standard_normal(out.shape).astype(np.float32), out, back
 
 
-@pytest.mark.parametrize("case", CASES + DEPTHWISE, ids=str)
+@pytest.mark.parametrize("case", [*CASES, POINTWISE, *DEPTHWISE], ids=str)
 def test_output_and_gradients(case):
   *_, stride, padding, groups = case
   x, w, bias, r, out, back = draw(case)
@@ -103,34 +105,60 @@ def test_weights_at_their_points(at_hand, most_times, cores, monkeypatch):
   assert ("conv_weights" in names) == (most_times < 0), names
 
 
+def alone(monkeypatch, module, cores, wide, make, *arrays):
+  """What the kernel of `module` that `make` asks for leaves in its result, made by itself and run core by core, the last first: from memory that was
+  used before, and without a number beyond what is asked for. `wide`: with vectors of 16, whatever the processor has."""
+  asked = []
+  monkeypatch.setattr(module, "c_kernel", lambda *args: asked.append(args))
+  make(*(Tensor(a).reshape(-1) for a in arrays))
+  (name, code, size, _, _, sizes, scratch), = asked
+  renderer, beyond = Device["CPU"].renderer, 64
+  source = "#define __AVX512F__ 1\n" * wide + kernel_cpu.spelled(name, code, cores, sizes)
+  loaded = CPUProgram(Device["CPU"], TinyELF(renderer.compiler.compile_cached(source), name, renderer.target, ()))
+  memory = [np.full(numbers + beyond, np.nan, np.float32) for numbers in (size, cores * scratch)]
+  pointers = [array.ctypes.data for array in (*memory, *arrays)]
+  program = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * len(pointers), ctypes.c_int)(loaded.addr)
+  for core in reversed(range(cores)): program(*pointers, core)
+  for array in memory: assert np.isnan(array[-beyond:]).all()
+  return memory[0][:size]
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
 @pytest.mark.parametrize(("case", "pieces", "cores"), [
   (WINOGRAD[0], 1, 1), (WINOGRAD[1], 30, 2), (WINOGRAD[2], 18, 7), (WINOGRAD[3], 999, 3), ((3, 70, 50, 14, 11, 3, 1, 1, 1), 9, 20),
   ((2, 40, 129, 25, 17, 3, 1, 0, 1), 50, 4)], ids=str)
 def test_gradients_of_weights_at_their_points(case, pieces, cores, wide, monkeypatch):
-  """Whatever a core's share, with many rows of pieces at a time and one, and a rest of them, with vectors of this processor and of 16; from memory
-  full of what was there before, and without a number beyond what is asked for."""
+  """Whatever a core's share, with many rows of pieces at a time and one, and a rest of them."""
   monkeypatch.setattr(winograd_gradient_cpu, "PIECES", pieces)
   for module in (winograd_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
-  asked = []
-  monkeypatch.setattr(winograd_gradient_cpu, "c_kernel", lambda *args: asked.append(args))
   batch, cin, cout, height, width, _, _, padding, _ = case
   x, _, _, r, _, back = draw(case)
-  winograd_gradient_cpu.weight_gradient(*(Tensor(a).reshape(-1) for a in (x, r)), batch, cin, cout, (height, width), padding)
-  (name, code, size, _, _, sizes, scratch), = asked
-  renderer, beyond = Device["CPU"].renderer, 64
-  source = "#define __AVX512F__ 1\n" * wide + kernel_cpu.spelled(name, code, cores, sizes)
-  elf = TinyELF(renderer.compiler.compile_cached(source), name, renderer.target, ())
-  memory = [np.full(numbers + beyond, np.nan, np.float32) for numbers in (size, cores * scratch)]
-  program = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int)((loaded := CPUProgram(Device["CPU"], elf)).addr)
-  for core in reversed(range(cores)): program(*(array.ctypes.data for array in (*memory, x, r)), core)
-  del loaded
+  found = alone(monkeypatch, winograd_gradient_cpu, cores, wide, lambda *rows: winograd_gradient_cpu.weight_gradient(
+    *rows, batch, cin, cout, (height, width), padding), x, r)
   expected = back(r)[1]
-  np.testing.assert_allclose(memory[0][:size].reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
-  for array in memory: assert np.isnan(array[-beyond:]).all()
+  np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
 
 
-@pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], DEPTHWISE[2]], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize(("case", "at_hand", "cores"), [
+  ((3, 17, 40, 12, 9, 1, 1, 0, 1), 1 << 16, 1), ((2, 70, 23, 1, 130, 1, 1, 0, 1), 1 << 11, 3),
+  ((1, 33, 129, 20, 21, 1, 1, 0, 1), 1 << 13, 20)], ids=str)
+def test_pointwise_convolutions(case, at_hand, cores, wide, monkeypatch):
+  """As the test above: some columns at a time and all, with more cores than columns, and either way round."""
+  monkeypatch.setattr(pointwise_cpu, "AT_HAND", at_hand)
+  for module in (pointwise_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
+  batch, cin, cout, height, width, *_ = case
+  assert pointwise_cpu.pays(batch, height * width, cin, cout)
+  x, w, bias, r, out, back = draw(case)
+  found = alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
+    "conv", *rows, batch, cin, cout, height * width), x, w, bias)
+  np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=2e-5)
+  found = alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
+    "conv_input_gradient", *rows, None, batch, cout, cin, height * width, turned=True), r, w)
+  np.testing.assert_allclose(found.reshape(x.shape), back(r)[0], rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], POINTWISE, DEPTHWISE[2]], ids=str)
 def test_two_devices_share_the_pictures(case):
   """Each by the same kernels; a gradient that is the same number everywhere has no parts yet."""
   case = (2 * case[0], *case[1:])
@@ -221,7 +249,7 @@ def test_processors_with_other_vectors(flag, monkeypatch):
   monkeypatch.setattr(compiler, "args", [*compiler.args, flag])
   monkeypatch.setattr(compiler, "cachekey", None)   # what is compiled so is not for others
   for module in (codegen, realize): monkeypatch.setattr(module, "to_program_cache", {})
-  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD, PIECES[1], *DEPTHWISE[:4:2]):
+  for case in (CASES[4], CASES[5], CASES[11], *WINOGRAD, PIECES[1], POINTWISE, *DEPTHWISE[:4:2]):
     *_, stride, padding, groups = case
     x, w, bias, r, out, back = draw(case)
     tensors = [Tensor(a) for a in (x, w, bias)]

@@ -3,15 +3,16 @@ whose numbers the tests of each hold against float64."""
 import platform, shutil, subprocess, sys
 import numpy as np, pytest
 from tinygrad import Tensor, dtypes
-from tinydet.nn import conv_cpu, depthwise_cpu, kernel_cpu, norm_cpu, update_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
+from tinydet.nn import (conv_cpu, depthwise_cpu, kernel_cpu, norm_cpu, pointwise_cpu, update_cpu, weight_gradient_cpu, winograd_cpu,
+                        winograd_gradient_cpu)
 from tinydet.nn.conv import conv2d
 from tinydet.training import optim
-from test_conv import CASES, DEPTHWISE, PIECES, WINOGRAD
+from test_conv import CASES, DEPTHWISE, PIECES, POINTWISE, WINOGRAD
 
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 pytestmark = [pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (Debian's qemu-user-static)"),
               pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="compares with an x86 processor's kernels")]
-MODULES = (conv_cpu, depthwise_cpu, norm_cpu, update_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu)
+MODULES = (conv_cpu, depthwise_cpu, norm_cpu, pointwise_cpu, update_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def check(folder, kernels, among=(-1.5, 1.5)) -> None:
       assert np.isfinite(theirs).all() and theirs.any()
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5], CASES[11], *WINOGRAD[::3], PIECES[1], *DEPTHWISE[:4:2]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5], CASES[11], *WINOGRAD[::3], PIECES[1], POINTWISE, *DEPTHWISE[:4:2]], ids=str)
 def test_convolutions(case, kernels, tmp_path):
   batch, cin, cout, height, width, k, stride, padding, groups = case
   tensors = [Tensor.empty(*shape).realize() for shape in ((batch, cin, height, width), (cout, cin // groups, k, k), (cout,))]

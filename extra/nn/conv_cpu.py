@@ -9,7 +9,7 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from tinygrad import Tensor, UOp
-from tinydet.nn import depthwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
+from tinydet.nn import depthwise_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, divide, parts_of, run, shards
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
@@ -152,10 +152,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   phases = [min(k, stride) for k in kernel]
   products = batch * out_channels * math.prod(out_size) * per_group * math.prod(kernel)
   fast = kernel == (3, 3) and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, out_size)
+  plain = kernel == (1, 1) and stride == groups == 1 and not padding and pointwise_cpu.pays(batch, math.prod(size), channels, out_channels)
   depthwise = (batch, channels, size, out_size, kernel, stride, padding) if groups == channels == out_channels else None
 
   def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = silu) -> Tensor:
     if fast: return winograd_cpu.correlate(x, weight, bias, batch, channels, out_channels, size, padding, silu=silu)
+    if plain: return pointwise_cpu.correlate("conv", x, weight, bias, batch, channels, out_channels, math.prod(size), silu=silu)
     if depthwise: return depthwise_cpu.convolve(x, weight, bias, *depthwise, silu)
     code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR)
     tensors = (x, weight) if bias is None else (x, weight, bias)
@@ -173,6 +175,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if fast: return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, out_size, 2 - padding, turned=True,
                                            name="conv_input_gradient")
+    if plain:
+      return pointwise_cpu.correlate("conv_input_gradient", grad, weight, None, batch, out_channels, channels, math.prod(out_size), turned=True)
     if depthwise: return depthwise_cpu.input_gradient(grad, weight, *depthwise)
     if not padded:
       return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
