@@ -140,6 +140,24 @@ def test_gradients_of_weights_at_their_points(case, pieces, cores, wide, monkeyp
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize(("case", "most", "cores"), [
+  (WINOGRAD[0], 1 << 10, 1), (WINOGRAD[1], 3 << 20, 3), (WINOGRAD[2], 1 << 19, 7), (WINOGRAD[3], 3 << 20, 2),
+  ((1, 40, 100, 17, 24, 3, 1, 1, 1), 3 << 20, 5)], ids=str)
+def test_convolutions_at_their_points(case, most, cores, wide, monkeypatch):
+  """As the test above, either way round."""
+  monkeypatch.setattr(winograd_cpu, "MOST", most)
+  for module in (winograd_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
+  batch, cin, cout, height, width, _, _, padding, _ = case
+  x, w, bias, r, out, back = draw(case)
+  found = alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
+    *rows, batch, cin, cout, (height, width), padding), x, w, bias)
+  np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=1e-5 * out.std())
+  found = alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
+    *rows, None, batch, cout, cin, out.shape[2:], 2 - padding, turned=True), r, w)
+  np.testing.assert_allclose(found.reshape(x.shape), expected := back(r)[0], rtol=1e-6, atol=1e-5 * expected.std())
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
 @pytest.mark.parametrize(("case", "at_hand", "cores"), [
   ((3, 17, 40, 12, 9, 1, 1, 0, 1), 1 << 16, 1), ((2, 70, 23, 1, 130, 1, 1, 0, 1), 1 << 11, 3),
   ((1, 33, 129, 20, 21, 1, 1, 0, 1), 1 << 13, 20)], ids=str)

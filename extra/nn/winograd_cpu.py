@@ -21,14 +21,16 @@ def _orders(lanes: int) -> str:
 
 
 # COUNT is long enough for the widest vectors. A row of tiles is TX, of which TY lie below each other; a part of the work is BAND rows of PICTURES
-# pictures and a SPLITS-th of the channels. Steps from point to point are odd numbers of vectors, or they would meet in the same lines of a cache.
+# pictures and a SPLITS-th of the channels. Steps from point to point are odd numbers of lines, or they would meet in the same ones of a cache.
 SHARED = f"""
 enum {{ TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), TILES = PICTURES * BAND * TX, VECTORS = WHOLE(TILES, LANES),
        FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
        ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), CHUNKS = WHOLE(VECTORS, ACROSS),
-       ROW = CHUNKS * ACROSS * LANES + LANES, DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), MINE = WHOLE(BLOCKS, SPLITS),
-       ROOM = WHOLE(TX, LANES) * LANES * 4 + 8, V_STEP = IN * ROW + LANES, M_STEP = MINE * DOWN * ROW + LANES,
-       PIECE = 36 * DOWN * LANES, BLOCK = WHOLE(IN, LANES) * PIECE, TOGETHER = AT_HAND < BLOCK ? 1 : LEAST(MINE, AT_HAND / BLOCK) }};
+       STEP = ACROSS * LANES, ROW = (WHOLE(CHUNKS * STEP + LANES, 16) | 1) * 16, PANEL = (WHOLE(IN * STEP, 16) | 1) * 16,
+       DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), MINE = WHOLE(BLOCKS, SPLITS), ROOM = WHOLE(TX, LANES) * LANES * 4 + 8,
+       V_STEP = CHUNKS * PANEL + (CHUNKS % 2 ? 0 : 16), M_STEP = MINE * DOWN * ROW + (MINE * DOWN % 2 ? 0 : 16),
+       POINT = (WHOLE(WHOLE(IN, LANES) * DOWN * LANES, 16) | 1) * 16, BLOCK = 36 * POINT,
+       TOGETHER = AT_HAND < BLOCK ? 1 : LEAST(MINE, AT_HAND / BLOCK) }};
 #if defined(__AVX512F__)
 {_orders(16)}#elif defined(__AVX__)
 {_orders(8)}#else
@@ -38,12 +40,12 @@ enum {{ TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), TILES = PICTURES * BAND * TX
 """
 
 TO_POINTS = """
-// u [IN / LANES][DOWN][36][LANES] of a block of the weights, of which FLIP turns the taps around: written in one go
+// u [36][POINT: IN / LANES][DOWN][LANES] of a block of the weights, of which FLIP turns the taps around: written in one go
 #define POINTS(z, a, b, c) { \\
   const vector e = -(2.f / 3) * a - (1.f / 3) * c, f = -(2.f / 3) * A * b, g = (1.f / 6) * a + (1.f / 3) * c, h = (1.f / 6) * B * b; \\
   z(0, a) z(1, e + f) z(2, e - f) z(3, g + h) z(4, g - h) z(5, c) }
 APART void weights_to_points(float *u, const float *weight) {
-  for (long i = 0; i < IN; i += LANES, u += PIECE) {
+  for (long i = 0; i < IN; i += LANES, u += DOWN * LANES) {
     float taps[DOWN][9][LANES];
     for (int d = 0; d < DOWN; d++) for (int l = 0; l < LANES; l++) {
       const float *from = weight + d * W_OUT + LEAST(i + l, IN - 1) * W_IN;
@@ -58,7 +60,7 @@ APART void weights_to_points(float *u, const float *weight) {
 #undef Z
       }
       UNROLLED (int p = 0; p < 6; p++) {
-#define Z(q, value) *(vector *)(u + (d * 36 + p * 6 + q) * LANES) = value;
+#define Z(q, value) *(vector *)(u + (p * 6 + q) * POINT + d * LANES) = value;
         POINTS(Z, half[p][0], half[p][1], half[p][2])
 #undef Z
       }
@@ -89,7 +91,8 @@ CONVOLVE = FORWARD + """
 typedef float wide __attribute__((vector_size(16 * LANES), aligned(4)));
 enum { BANDS = WHOLE(TY, BAND), GATHERED = WHOLE(BATCH, PICTURES) };
 
-APART void to_points(float *v, float rows[6][ROOM], const float *picture, long top) {
+// `at` [36][ROW] of a row of pieces
+APART void to_points(float *at, float rows[6][ROOM], const float *picture, long top) {
   static const float nothing[WIDTH];   // zeros
   const float *r[6];
   UNROLLED (int k = 0; k < 6; k++) r[k] = top + k >= 0 && top + k < HEIGHT ? picture + (top + k) * WIDTH : nothing;
@@ -101,22 +104,22 @@ APART void to_points(float *v, float rows[6][ROOM], const float *picture, long t
   for (int t = 0; t < TX; t += LANES) for (int k = 0; k < 6; k++) {
     const wide p = *(const wide *)(rows[k] + 4 * t), q = *(const wide *)(rows[k] + 4 * t + 4);
     const vector d0 = EVERY0(p), d1 = EVERY1(p), d2 = EVERY2(p), d3 = EVERY3(p), d4 = EVERY0(q), d5 = EVERY1(q);
-#define Z(j, value) *(vector *)(v + (long)(k * 6 + j) * V_STEP + t) = value;
+#define Z(j, value) *(vector *)(at + (k * 6 + j) * ROW + t) = value;
     FORWARD(vector, Z, d0, d1, d2, d3, d4, d5)
 #undef Z
   }
 }
 
+// v [CHUNKS][PANEL: IN][STEP]: one piece of memory for each tile
 APART void multiply(float *m, const float *v, const float *u) {
-  for (int chunk = 0; chunk < CHUNKS; chunk++, v += ACROSS * LANES, m += ACROSS * LANES) {
+  for (int chunk = 0; chunk < CHUNKS; chunk++, v += PANEL, m += STEP) {
     const float *in = v, *w = u;
     vector sum[DOWN][ACROSS];
     UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] = (vector){0};
-    for (int i = 0; i < IN; i += LANES, w += PIECE) {
-      if (READY) UNROLLED (int d = 0; d < DOWN; d++) __builtin_prefetch(w + 2 * PIECE + d * 36 * LANES);
-      for (int l = 0; l < LEAST(LANES, IN - i); l++, in += ROW)
+    for (int i = 0; i < IN; i += LANES, w += DOWN * LANES) {
+      for (int l = 0; l < LEAST(LANES, IN - i); l++, in += STEP)
         UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++)
-          sum[d][a] += *(const vector *)(in + a * LANES) * w[d * 36 * LANES + l];
+          sum[d][a] += *(const vector *)(in + a * LANES) * w[d * LANES + l];
     }
     UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) *(vector *)(m + d * ROW + a * LANES) = sum[d][a];
   }
@@ -151,19 +154,23 @@ APART void from_points(float *plane, const float *m, long top, float bias) {
 }
 
 void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
-  float *v = scratch + (long)core * SCRATCH, *m = v + 36 * V_STEP, *u = m + 36 * M_STEP, rows[6][ROOM];
+  float *v = scratch + (long)core * SCRATCH, *m = v + 36 * V_STEP, *pieces = m + 36 * M_STEP, *u = pieces + 36 * ROW, rows[6][ROOM];
   for (int k = 0; k < 6; k++) for (int c = 0; c < ROOM; c++) rows[k][c] = 0;
-  for (int f = 0; f < 36; f++) for (int i = 0; i < IN; i++) for (int c = TILES; c < ROW; c++) v[f * V_STEP + i * ROW + c] = 0;
+  for (int f = 0; f < 36; f++) for (int c = TILES; c < ROW; c++) pieces[f * ROW + c] = 0;
   const long items = (long)GATHERED * BANDS * SPLITS;
   long there = -1;   // the part of the weights that is at its points
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
     const long split = item / (GATHERED * BANDS), first = LEAST(item % BANDS * BAND, TY - BAND);
     const long from = BLOCKS * split / SPLITS, to = BLOCKS * (split + 1) / SPLITS, b = LEAST(item / BANDS % GATHERED * PICTURES, BATCH - PICTURES);
-    for (long i = 0; i < IN; i++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++)
-      to_points(v + i * ROW + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * HEIGHT * WIDTH, (first + y) * 4 - PADDING);
+    for (long i = 0; i < IN; i++) {
+      for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++)
+        to_points(pieces + (p * BAND + y) * TX, rows, x + ((b + p) * IN + i) * HEIGHT * WIDTH, (first + y) * 4 - PADDING);
+      for (int f = 0; f < 36; f++) for (int n = 0; n < CHUNKS; n++) UNROLLED (int a = 0; a < ACROSS; a++)
+        *(vector *)(v + (long)f * V_STEP + n * PANEL + i * STEP + a * LANES) = *(vector *)(pieces + f * ROW + n * STEP + a * LANES);
+    }
 #if READY
     for (int f = 0; f < 36; f++) for (long block = from; block < to; block++)
-      multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + block * BLOCK + f * LANES);
+      multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, weight + block * BLOCK + f * POINT);
 #else
     for (long group = from; group < to; group += TOGETHER) {
       const long end = LEAST(to, group + TOGETHER);
@@ -171,7 +178,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
         weights_to_points(u + (block - group) * BLOCK, weight + LEAST(block * DOWN, OUT - DOWN) * W_OUT);
       there = split;
       for (int f = 0; f < 36; f++) for (long block = group; block < end; block++)
-        multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, u + (block - group) * BLOCK + f * LANES);
+        multiply(m + f * M_STEP + (block - from) * DOWN * ROW, v + f * V_STEP, u + (block - group) * BLOCK + f * POINT);
     }
 #endif
     for (long block = from; block < to; block++) for (int d = 0; d < DOWN; d++) for (int p = 0; p < PICTURES; p++) for (int y = 0; y < BAND; y++) {
@@ -222,13 +229,14 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channe
   pictures, band, splits, times = _plan(batch, channels, out_channels, out_size, cores)
   ready = times > MOST_TIMES and 36 * channels * out_channels // splits > AT_HAND
   # no smaller than what the kernels' own enums come to for any vectors
-  row = pictures * band * -(-out_size[1] // 4) + 80
-  scratch = 36 * ((channels + out_channels // splits + 48) * row + 48) + (0 if ready else max(AT_HAND, 36 * 24 * (channels + 16)))
+  row = pictures * band * -(-out_size[1] // 4) + 96
+  scratch = 36 * ((channels + out_channels // splits + 49) * row + 48) + (0 if ready else max(AT_HAND, 36 * 24 * (channels + 24)))
+  scratch = -(-scratch // 16) * 16   # each core's begins with a line of the cache
   step = (9, out_channels * 9) if turned else (channels * 9, 9)
   sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
            "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits, "AT_HAND": AT_HAND, "SCRATCH": scratch,
            "W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)}
-  if ready: weight = c_kernel(f"{name}_weights", SHARED + TO_POINTS + WEIGHTS, 36 * (channels + 16) * (out_channels + 24),
+  if ready: weight = c_kernel(f"{name}_weights", SHARED + TO_POINTS + WEIGHTS, 36 * (channels + 24) * (out_channels + 24),
                               36 * channels * out_channels, (weight,), sizes)
   code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + ("" if ready else TO_POINTS) + CONVOLVE
   return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, weight, *([] if bias is None else [bias])),

@@ -22,9 +22,9 @@ WEIGHT_GRADIENT = """
 #define FIRST(pack, channels) LEAST((pack) * 16, (channels) - 16)
 enum { TX = WHOLE(OUT_W, 4), TY = WHOLE(OUT_H, 4), HALVES = 16 / LANES, OUTS = WHOLE(OUT, 16), INS = WHOLE(IN, 16),
        OUT_MOST = WHOLE(OUTS, OUT_SPLITS), IN_MOST = WHOLE(INS, IN_SPLITS), ACROSS = LEAST(ACROSS_MOST, IN_MOST * HALVES), STEP = ACROSS * LANES,
-       DOWN = LEAST(16, SUMS / ACROSS), X_ROW = ODD(WHOLE(WHOLE(IN_MOST * 16, STEP) * STEP, 16)) * 16, G_ROW = ODD(OUT_MOST) * 16,
-       X_POINT = BAND * TX * X_ROW + (BAND * TX % 2 ? 0 : 16), G_POINT = BAND * TX * G_ROW + (BAND * TX % 2 ? 0 : 16),
-       U_POINT = (OUT_MOST + 1) * 16 * X_ROW + 16, ROOM = (TX * 4 + 2) * 16, TURNED = (6 * (WIDTH > OUT_W ? WIDTH : OUT_W) + LANES) * 16 };
+       DOWN = LEAST(16, SUMS / ACROSS), PACKS = WHOLE(WHOLE(IN_MOST * 16, STEP) * STEP, 16), U_ROW = ODD(PACKS) * 16, G_ROW = ODD(OUT_MOST) * 16,
+       PANEL = ODD(BAND * TX) * 16, X_POINT = ODD(PACKS * ODD(BAND * TX)) * 16, G_POINT = BAND * TX * G_ROW + (BAND * TX % 2 ? 0 : 16),
+       U_POINT = (OUT_MOST + 1) * 16 * U_ROW + 16, ROOM = (TX * 4 + 2) * 16, TURNED = (6 * (WIDTH > OUT_W ? WIDTH : OUT_W) + LANES) * 16 };
 
 // `numbers` of 16 planes, pixel by pixel
 APART void turn_planes(float *restrict to, const float *restrict from, long plane, int numbers) {
@@ -52,7 +52,7 @@ APART void pixels_to_points(float *at, float *rows, float *turned, const float *
   }
   for (int t = 0; t < TX; t++) for (int k = 0; k < 6; k++) UNROLLED (int v = 0; v < 16; v += LANES) {
 #define GET(j) *(const vector *)(rows + k * ROOM + (4 * t + j) * 16 + v)
-#define Z(j, value) *(vector *)(at + (long)(k * 6 + j) * X_POINT + t * X_ROW + v) = value;
+#define Z(j, value) *(vector *)(at + (long)(k * 6 + j) * X_POINT + t * 16 + v) = value;
     const vector d0 = GET(0), d1 = GET(1), d2 = GET(2), d3 = GET(3), d4 = GET(4), d5 = GET(5);
     FORWARD(vector, Z, d0, d1, d2, d3, d4, d5)
 #undef Z
@@ -86,16 +86,18 @@ APART void gradients_to_points(float *at, float *rows, float *turned, const floa
   }
 }
 
+// x [PANEL: pieces][16], one for each 16 channels
 APART void multiply(float *restrict u, const float *restrict x, const float *restrict g, long pieces, int first) {
   vector sum[DOWN][ACROSS];
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++)
-    sum[d][a] = first ? (vector){0} : *(vector *)(u + (long)d * X_ROW + a * LANES);
-  for (long t = 0; t < pieces; t++, x += X_ROW, g += G_ROW) {
+    sum[d][a] = first ? (vector){0} : *(vector *)(u + (long)d * U_ROW + a * LANES);
+  if (!first) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < STEP; a += 16) __builtin_prefetch(u + (long)d * U_ROW + STEP + a, 1);
+  for (long t = 0; t < pieces; t++, x += 16, g += G_ROW) {
     vector v[ACROSS];
-    UNROLLED (int a = 0; a < ACROSS; a++) v[a] = *(const vector *)(x + a * LANES);
+    UNROLLED (int a = 0; a < ACROSS; a++) v[a] = *(const vector *)(x + a * LANES / 16 * PANEL + a * LANES % 16);
     UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] += v[a] * g[d];
   }
-  UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) *(vector *)(u + (long)d * X_ROW + a * LANES) = sum[d][a];
+  UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) *(vector *)(u + (long)d * U_ROW + a * LANES) = sum[d][a];
 }
 
 // what takes weights to the points, the other way round
@@ -131,7 +133,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
       for (long r = 0; r < rows; r++) {
         const long b = (row + r) / TY, top = (row + r) % TY * 4;
         for (long i = i0; i < i1; i++)
-          pixels_to_points(at_x + r * TX * X_ROW + (i - i0) * 16, x_rows, turned, nothing,
+          pixels_to_points(at_x + (i - i0) * PANEL + r * TX * 16, x_rows, turned, nothing,
                            x + (b * IN + FIRST(i, IN)) * HEIGHT * WIDTH, top - PADDING);
         for (long i = o0; i < o1; i++)
           gradients_to_points(at_g + r * TX * G_ROW + (i - o0) * 16, g_rows, turned, nothing,
@@ -139,10 +141,10 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
       }
       // the last tiles reach over the end: what they add up there is left out
       for (long f = 0; f < 36; f++) for (long p = 0; p < outs; p += DOWN) for (long i = 0; i < ins; i += STEP)
-        multiply(u + f * U_POINT + p * X_ROW + i, at_x + f * X_POINT + i, at_g + f * G_POINT + p, rows * TX, !row);
+        multiply(u + f * U_POINT + p * U_ROW + i, at_x + f * X_POINT + i / 16 * PANEL + i % 16, at_g + f * G_POINT + p, rows * TX, !row);
     }
     for (long p = 0; p < outs; p++) for (long i = 0; i < ins; i += LANES)
-      from_points(out + ((FIRST(o0 + p / 16, OUT) + p % 16) * IN + FIRST(i0 + i / 16, IN) + i % 16) * 9, u + p * X_ROW + i);
+      from_points(out + ((FIRST(o0 + p / 16, OUT) + p % 16) * IN + FIRST(i0 + i / 16, IN) + i % 16) * 9, u + p * U_ROW + i);
   }
 }
 """
