@@ -151,7 +151,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   rows, pitch = (side + o for side, o in zip(out_size, over))
   phases = [min(k, stride) for k in kernel]
   products = batch * out_channels * math.prod(out_size) * per_group * math.prod(kernel)
-  fast = kernel == (3, 3) and stride == groups == 1 and winograd_cpu.pays(batch, channels, out_channels, out_size)
+  fast, fast_gradient = (kernel == (3, 3) and stride == groups == 1 and way.pays(batch, channels, out_channels, out_size)
+                         for way in (winograd_cpu, winograd_gradient_cpu))
   plain = kernel == (1, 1) and stride == groups == 1 and not padding and pointwise_cpu.pays(batch, math.prod(size), channels, out_channels)
   depthwise = (batch, channels, size, out_size, kernel, stride, padding) if groups == channels == out_channels else None
 
@@ -191,7 +192,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    if fast: return winograd_gradient_cpu.weight_gradient(x, grad, batch, channels, out_channels, size, padding)
+    if fast_gradient: return winograd_gradient_cpu.weight_gradient(x, grad, batch, channels, out_channels, size, padding)
     if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)
     return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, shape, size, stride, padding, place)
 

@@ -190,10 +190,13 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
 """
 
 
-def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]) -> bool:
-  """Whether this way is the faster one: for few channels, or few tiles for many weights, getting to the points and back takes what is saved."""
-  tiles = -(-out_size[0] // 4) * -(-out_size[1] // 4)
-  return min(channels, out_channels) >= 32 and min(out_size) >= 8 and batch * tiles >= 24
+def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], at_points: int = 600, weights: int = 300) -> bool:
+  """Whether this way is the faster one: for few channels, or few pieces for many weights, getting to the points and back takes what is saved.
+
+  Of each pair of channels, in multiplications: `at_points` is what a channel of a piece costs on its ways, `weights` what the pair's weights do."""
+  pieces = batch * -(-out_size[0] // 4) * -(-out_size[1] // 4)
+  there_and_back = at_points * pieces * (1 / channels + 1 / out_channels)
+  return min(channels, out_channels) >= 32 and 36 * pieces + there_and_back + weights < 9 * batch * out_size[0] * out_size[1]
 
 
 def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> tuple[int, int, int, int]:

@@ -5,9 +5,9 @@ product over all pieces: their gradients there [Cout, pieces] times their pixels
 channels all the way; what the products add up to is taken back from the points once, at the end."""
 import math
 from tinygrad import Tensor
+from tinydet.nn import winograd_cpu
 from tinydet.nn.kernel_cpu import c_kernel, parts_of
 from tinydet.nn.weight_gradient_cpu import TURN, turning
-from tinydet.nn.winograd_cpu import FORWARD
 
 PACK = 16     # channels that fill a line of the cache: they come to their points together
 PIECES = 128  # that are multiplied at a time, about: more take the sums less often out of memory, fewer stay in the cache
@@ -150,6 +150,11 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
 """
 
 
+def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]) -> bool:
+  """Whether this way is the faster one: the sums at the points of each pair of channels are kept in memory, and taken back from there."""
+  return winograd_cpu.pays(batch, channels, out_channels, out_size, at_points=900, weights=1300)
+
+
 def _splits(outs: int, ins: int, cores: int) -> tuple[int, int]:
   """Parts of so many packs of output and input channels, one for each core, with which the last core to be ready is ready first."""
   def cost(out_splits: int, in_splits: int) -> float:
@@ -173,5 +178,5 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, channels: int, out_chan
                     + 2 * (6 * max(width, size[1]) + PACK) + 12 * (across * 4 + 2))
   sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": height, "OUT_W": width,
            "PADDING": padding, "BAND": band, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}
-  return c_kernel("conv_weight_gradient", turning(PACK) + TURN + FORWARD + WEIGHT_GRADIENT, out_channels * channels * 9, products, (x, grad), sizes,
-                  scratch)
+  code = turning(PACK) + TURN + winograd_cpu.FORWARD + WEIGHT_GRADIENT
+  return c_kernel("conv_weight_gradient", code, out_channels * channels * 9, products, (x, grad), sizes, scratch)
