@@ -2,9 +2,11 @@
 import re, subprocess, sys
 import numpy as np, pytest
 from tinygrad import Context, Tensor
+from tinydet.nn.conv import conv2d
 from tinydet.runtime import beam
 from tinydet.runtime.graphs import jit
 from by_hand import by_hand
+from test_conv import draw
 
 
 def trained(times=2):
@@ -41,6 +43,28 @@ def test_what_holds_the_time_is_searched(found, faster, capfd, monkeypatch):
   said = capfd.readouterr().err
   assert re.search(r"BEAM=1: 1 of 4 different kernels are searched, with 9e\+03 of 9.3e\+03 ms", said), said
   assert re.search(f"BEAM=1: {faster}", said) and len(measured) == 5
+
+
+def test_a_kernel_in_c_is_taken_the_way_that_was_fastest(capfd, monkeypatch):
+  """The last one, says the measurement here. It is kept, and not measured again."""
+  kept, measured = {}, []
+  monkeypatch.setattr(beam, "_get", lambda table, key: kept.get((table, key)))
+  monkeypatch.setattr(beam, "_put", lambda table, key, value: kept.setdefault((table, key), value))
+  monkeypatch.setattr(beam, "FORGET", 1 << 10)
+  def shares(turns):
+    assert all(0 < next(turn) < 10 for turn in turns)
+    measured.append(len(turns))
+    return [1.0, *[2.0] * (len(turns) - 2), 0.5]
+  monkeypatch.setattr(beam, "_shares", shares)
+  x, w, bias, _, out, _ = draw((2, 40, 64, 17, 24, 3, 1, 1, 1))
+  weight = Tensor(w).realize()
+  for _ in range(2):
+    with Context(BEAM=1, CACHELEVEL=0): found = jit(lambda x: conv2d(x, weight, None, 1, 1, 1))(Tensor(x).realize()).numpy()
+    np.testing.assert_allclose(found, out - bias[:, None, None], atol=1e-5 * out.std())
+    said = capfd.readouterr().err
+    assert "BEAM=1: 1 of 1 different kernels are searched" in said and "BEAM=1: 1 of them are faster" in said, said
+  (way, share), = kept.values()
+  assert share == 0.5 and measured == [way + 1, 2] and way > 1
 
 
 @pytest.mark.by_hand

@@ -106,14 +106,21 @@ def test_weights_at_their_points(at_hand, most_times, cores, monkeypatch):
 
 
 def alone(monkeypatch, module, cores, wide, make, *arrays):
-  """What the kernel of `module` that `make` asks for leaves in its result, made by itself and run core by core, the last first: from memory that was
-  used before, and without a number beyond what is asked for. `wide`: with vectors of 16, whatever the processor has."""
+  """What the kernel of `module` that `make` asks for leaves in its result, and then every other way of it that BEAM may choose."""
   asked = []
   monkeypatch.setattr(module, "c_kernel", lambda *args: asked.append(args))
   make(*(Tensor(a).reshape(-1) for a in arrays))
-  (name, code, size, _, _, sizes, scratch), = asked
+  (name, code, size, _, _, sizes, scratch, others), = asked
+  def made(code, sizes, scratch): return run_alone(name, "#define __AVX512F__ 1\n" * wide + kernel_cpu.spelled(name, code, cores, sizes), cores,
+                                                   size, scratch, arrays)
+  yield made(code, sizes, scratch)
+  for way in others(): yield made(*way)
+
+
+def run_alone(name, source, cores, size, scratch, arrays):
+  """The result of a kernel made by itself and run core by core, the last first: from memory that was used before, and without a number beyond what
+  is asked for."""
   renderer, beyond = Device["CPU"].renderer, 64
-  source = "#define __AVX512F__ 1\n" * wide + kernel_cpu.spelled(name, code, cores, sizes)
   loaded = CPUProgram(Device["CPU"], TinyELF(renderer.compiler.compile_cached(source), name, renderer.target, ()))
   memory = [np.full(numbers + beyond, np.nan, np.float32) for numbers in (size, cores * scratch)]
   pointers = [array.ctypes.data for array in (*memory, *arrays)]
@@ -121,6 +128,34 @@ def alone(monkeypatch, module, cores, wide, make, *arrays):
   for core in reversed(range(cores)): program(*pointers, core)
   for array in memory: assert np.isnan(array[-beyond:]).all()
   return memory[0][:size]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize(("kind", "case"), [("winograd", (3, 33, 40, 17, 10, 3, 1, 1, 1)), ("pointwise", (3, 21, 40, 13, 11, 1, 1, 0, 1)),
+                                            ("plain", (3, 5, 40, 13, 11, 3, 2, 1, 1))], ids=lambda value: value if isinstance(value, str) else "")
+def test_every_way_that_beam_may_choose(kind, case, wide, monkeypatch):
+  for module in (conv_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu, kernel_cpu):
+    monkeypatch.setattr(module, "parts_of", lambda products: 3)
+  batch, cin, cout, height, width, k, stride, padding, _ = case
+  x, w, bias, r, out, back = draw(case)
+  of_x, of_w, _ = back(r)
+  shape, numbers = (height, width), height * width
+  plane = out.shape[2] * out.shape[3]
+  def plain(*rows):
+    code = kernel_cpu.WITH_BIAS + kernel_cpu.LINEAR
+    return conv_cpu._convolve("conv", code, rows, batch, 1, (cin, cout), shape, (k, k), stride, padding)
+  kernels = {
+    "winograd": [(winograd_cpu, lambda *rows: winograd_cpu.correlate(*rows, batch, cin, cout, shape, padding), (x, w, bias), out),
+                 (winograd_cpu, lambda *rows: winograd_cpu.correlate(*rows, None, batch, cout, cin, shape, padding, turned=True), (r, w), of_x),
+                 (winograd_gradient_cpu, lambda *rows: winograd_gradient_cpu.weight_gradient(*rows, batch, cin, cout, shape, padding), (x, r), of_w)],
+    "pointwise": [(pointwise_cpu, lambda *rows: pointwise_cpu.correlate("conv", *rows, batch, cin, cout, numbers), (x, w, bias), out)],
+    "plain": [(conv_cpu, plain, (x, w, bias), out),
+              (weight_gradient_cpu, lambda *rows: weight_gradient_cpu.weight_gradient(
+                *rows, batch, 1, w.shape, shape, stride, padding, (plane, 0, out.shape[3])), (x, r), of_w)]}[kind]
+  for module, make, arrays, expected in kernels:
+    found = list(alone(monkeypatch, module, 3, wide, make, *arrays))
+    assert len(found) > 2
+    for one in found: np.testing.assert_allclose(one.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
@@ -133,8 +168,8 @@ def test_gradients_of_weights_at_their_points(case, pieces, cores, wide, monkeyp
   for module in (winograd_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
   batch, cin, cout, height, width, _, _, padding, _ = case
   x, _, _, r, _, back = draw(case)
-  found = alone(monkeypatch, winograd_gradient_cpu, cores, wide, lambda *rows: winograd_gradient_cpu.weight_gradient(
-    *rows, batch, cin, cout, (height, width), padding), x, r)
+  found = next(alone(monkeypatch, winograd_gradient_cpu, cores, wide, lambda *rows: winograd_gradient_cpu.weight_gradient(
+    *rows, batch, cin, cout, (height, width), padding), x, r))
   expected = back(r)[1]
   np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
 
@@ -149,11 +184,11 @@ def test_convolutions_at_their_points(case, most, cores, wide, monkeypatch):
   for module in (winograd_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
   batch, cin, cout, height, width, _, _, padding, _ = case
   x, w, bias, r, out, back = draw(case)
-  found = alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
-    *rows, batch, cin, cout, (height, width), padding), x, w, bias)
+  found = next(alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
+    *rows, batch, cin, cout, (height, width), padding), x, w, bias))
   np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=1e-5 * out.std())
-  found = alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
-    *rows, None, batch, cout, cin, out.shape[2:], 2 - padding, turned=True), r, w)
+  found = next(alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
+    *rows, None, batch, cout, cin, out.shape[2:], 2 - padding, turned=True), r, w))
   np.testing.assert_allclose(found.reshape(x.shape), expected := back(r)[0], rtol=1e-6, atol=1e-5 * expected.std())
 
 
@@ -168,11 +203,11 @@ def test_pointwise_convolutions(case, at_hand, cores, wide, monkeypatch):
   batch, cin, cout, height, width, *_ = case
   assert pointwise_cpu.pays(batch, height * width, cin, cout)
   x, w, bias, r, out, back = draw(case)
-  found = alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
-    "conv", *rows, batch, cin, cout, height * width), x, w, bias)
+  found = next(alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
+    "conv", *rows, batch, cin, cout, height * width), x, w, bias))
   np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=2e-5)
-  found = alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
-    "conv_input_gradient", *rows, None, batch, cout, cin, height * width, turned=True), r, w)
+  found = next(alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
+    "conv_input_gradient", *rows, None, batch, cout, cin, height * width, turned=True), r, w))
   np.testing.assert_allclose(found.reshape(x.shape), back(r)[0], rtol=1e-6, atol=2e-5)
 
 

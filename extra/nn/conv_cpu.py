@@ -10,7 +10,7 @@ window reaches over the end of a row is left out; in gradients it meets zeros.""
 import functools, math
 from tinygrad import Tensor, UOp
 from tinydet.nn import depthwise_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
-from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, divide, parts_of, run, shards
+from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, c_kernel, divide, parts_of, run, shards
 
 # Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.
@@ -88,23 +88,22 @@ BAND_MOST = 96 << 10   # numbers of a picture that are laid out at a time: they 
 Taps = list[list[tuple[int, int]]]   # of each phase: (step in the input, place in the weight)
 
 
-def _kernel(name: str, code: str, size: int, products: int, taps: Taps, tensors: tuple[Tensor, ...], sizes: dict[str, int],
-            scratch: int = 0) -> Tensor:
-  """`c_kernel` of `code` behind the tables that it reads its taps from."""
+def _way(code: str, taps: Taps, sizes: dict[str, int], scratch: int = 0) -> Way:
+  """`code` behind the tables that it reads its taps from."""
   starts = [sum(map(len, taps[:phase])) for phase in range(len(taps) + 1)]
   tables = f"static const struct {{ int x, w; }} taps[] = {{ {', '.join(f'{{{x}, {w}}}' for phase in taps for x, w in phase)} }};\n"
   tables += f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n"
-  return c_kernel(name, tables + code, size, products, tensors, {"PHASES": len(taps), **sizes}, scratch)
+  return tables + code, {"PHASES": len(taps), **sizes}, scratch
 
 
-def _bands(pictures: int, rows: int, over: int, row: int, products: int, cores: int) -> tuple[int, int]:
+def _bands(pictures: int, rows: int, over: int, row: int, products: int, cores: int) -> list[tuple[int, int]]:
   """Rows of the output and parts of the channels that a part of the work takes, of so many `pictures` of `rows`, each of which is laid out in `row`
-  numbers and takes `products` multiplications: those of which the last core to be ready is ready first."""
+  numbers and takes `products` multiplications: first those of which the last core to be ready is ready first."""
   def cost(band: int, splits: int) -> float:
     # sixteen multiplications, or four numbers laid out, in a cycle
     return -(-pictures * -(-rows // band) * splits // cores) * (band * products / splits / 16 + (band + over) * row / 4 + 1000)
   bands = [band for band in range(1, rows + 1) if band == 1 or (band + over) * row <= BAND_MOST]
-  return min(((band, splits) for band in bands for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
+  return sorted(((band, splits) for band in bands for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
 
 
 def _convolve(name: str, code: str, tensors: tuple[Tensor, ...], batch: int, groups: int, channels: tuple[int, int], size: tuple[int, int],
@@ -117,23 +116,27 @@ def _convolve(name: str, code: str, tensors: tuple[Tensor, ...], batch: int, gro
   phases = [min(k, stride) for k in kernel]                     # a stride of 2 sorts the pixels into even and odd ones
   taps, pitch = math.prod(kernel), out_size[1] + over[1]
   products = batch * groups * outs * math.prod(out_size) * ins * taps
-  plain = kernel == (1, 1) and stride == 1 and not padding      # the picture is taken as it is
-  band, splits, high = out_size[0], 1, out_size[0]
-  if not plain:
-    each = ins * math.prod(phases) * pitch
-    band, splits = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
-    high = band + over[0]
-  places = [(((p % stride * phases[1] + q % stride) * high + p // stride) * pitch + q // stride, p * kernel[1] + q)
-            for p in range(kernel[0]) for q in range(kernel[1])]
-  if gradient: places = [(x, taps - 1 - w) for x, w in places]
-  sizes = {"BATCH": batch, "GROUPS": groups, "TAPS": taps, "PITCH": pitch, "COUNT": (band - 1) * pitch + out_size[1], "IN": ins, "OUT": outs,
-           "X_PLANE": math.prod(phases) * high * pitch, "PLANE": math.prod(out_size), "WIDTH": out_size[1],
-           "W_OUT": taps if gradient else ins * taps, "W_IN": outs * taps if gradient else taps}
   amount = batch * groups * outs * math.prod(out_size), products
-  if plain: return _kernel(name, code + CORRELATE, *amount, [places], tensors, sizes)
-  sizes |= {"BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride, "PADDING": padding,
-            "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": high}
-  return _kernel(name, code + CONVOLVE, *amount, [places], tensors, sizes, scratch=ins * sizes["X_PLANE"])
+
+  def way(band: int, splits: int, high: int, code: str) -> Way:
+    places = [(((p % stride * phases[1] + q % stride) * high + p // stride) * pitch + q // stride, p * kernel[1] + q)
+              for p in range(kernel[0]) for q in range(kernel[1])]
+    if gradient: places = [(x, taps - 1 - w) for x, w in places]
+    x_plane = math.prod(phases) * high * pitch
+    return _way(code, [places], {
+      "BATCH": batch, "GROUPS": groups, "TAPS": taps, "PITCH": pitch, "COUNT": (band - 1) * pitch + out_size[1], "IN": ins, "OUT": outs,
+      "X_PLANE": x_plane, "PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": taps if gradient else ins * taps,
+      "W_IN": outs * taps if gradient else taps, "BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride,
+      "PADDING": padding, "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": high}, ins * x_plane)
+
+  if kernel == (1, 1) and stride == 1 and not padding:   # the picture is taken as it is
+    code, sizes, _ = way(out_size[0], 1, out_size[0], code + CORRELATE)
+    return c_kernel(name, code, *amount, tensors, sizes)
+  each = ins * math.prod(phases) * pitch
+  bands = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
+  first, *others = (functools.partial(way, band, splits, band + over[0], code + CONVOLVE) for band, splits in bands[:WAYS])
+  code, sizes, scratch = first()
+  return c_kernel(name, code, *amount, tensors, sizes, scratch, lambda: [other() for other in others])
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int, silu: bool = False) -> Tensor:
@@ -189,7 +192,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
              "IN": outs, "OUT": per_group, "X_PLANE": g_rows * pitch, "PLANE": in_rows * in_columns, "WIDTH": in_columns,
              "W_OUT": len(places), "W_IN": per_group * len(places)}
     size = batch * channels * len(taps) * in_rows * in_columns
-    return _kernel("conv_input_gradient", WITHOUT_BIAS + LINEAR + CORRELATE, size, products, taps, (grad, weight), sizes)
+    code, sizes, _ = _way(WITHOUT_BIAS + LINEAR + CORRELATE, taps, sizes)
+    return c_kernel("conv_input_gradient", code, size, products, (grad, weight), sizes)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     if fast_gradient: return winograd_gradient_cpu.weight_gradient(x, grad, batch, channels, out_channels, size, padding)

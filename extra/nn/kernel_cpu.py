@@ -2,18 +2,21 @@
 import functools
 from collections.abc import Callable
 from typing import Any
-from tinygrad import Device, Tensor, UOp, dtypes, function
+from tinygrad import Device, Tensor, UOp, dtypes, function, getenv
 from tinydet.parts import take
 
-_parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.renderer:Estimates", "tinygrad.renderer.cstyle:ClangRenderer",
-              "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo", "tinygrad.uop.ops:Ops.PROGRAM",
-              "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", "tinygrad:UOp.unshard",
+_parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.helpers:BEAM", "tinygrad.renderer:Estimates",
+              "tinygrad.renderer.cstyle:ClangRenderer", "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo",
+              "tinygrad.uop.ops:Ops.PROGRAM", "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", "tinygrad:UOp.unshard",
               "tinygrad:UOp._shard", "tinygrad.uop.ops:AxisType", instead="convolutions on the CPU are tinygrad's own, several times slower")
-if _parts: AddrSpace, NUM_CPU_THREADS, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
+if _parts: AddrSpace, NUM_CPU_THREADS, BEAM, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
+WAYS = 8                 # to divide a kernel's work into pieces, at most, of which BEAM is to choose
 MOST_TRACED = 4096       # functions that are kept, of a few kilobytes each
 _traced: dict[tuple, UOp] = {}   # what `run` has made a function of, by all that it depends on
+Way = tuple[str, dict[str, int], int]   # code of a kernel, its sizes, and the memory that it works in
+ways: dict[str, tuple[str, ...]] = {}   # a kernel's source -> those of others that do the same, in other pieces, where BEAM is to choose
 
 # Of what follows in C, capitals that no enum has are defined for each kernel: COUNT is the length of the long axis, GROUPS those of the convolution,
 # IN and OUT the channels of one group, BATCH the pictures, and so on. A vector that would reach over the end of the axis begins earlier, so do a
@@ -124,23 +127,32 @@ def parts_of(products: int) -> int:
   return max(1, min(NUM_CPU_THREADS.value, products // LEAST_WORK))
 
 
+def searched() -> int:
+  """How far BEAM is to search for the fastest of several ways; 0 where it is not."""
+  return getenv("JITBEAM", BEAM.value) if _parts else 0
+
+
 def spelled(name: str, code: str, cores: int, sizes: dict[str, int]) -> str:
   """The whole source of a kernel, which needs no header."""
   return "".join(f"#define {key} {value}\n" for key, value in {"NAME": name, "CORES": cores, **sizes}.items()) + HEAD + code + TAIL
 
 
 def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], products: int, tensors: tuple[Tensor, ...], sizes: dict[str, int],
-             scratch: int = 0) -> Any:
+             scratch: int = 0, others: Callable[[], list[Way]] = list) -> Any:
   """The `size` numbers that the kernel makes of `tensors`, which it finds in memory as one row each, or of several sizes a tuple of such results,
   where a tensor is one that it changes in place; `products` are its multiplications. Where `tensors` are divided among devices, all this is of one
   device's part, and so are the results divided.
 
   `code` defines the function NAME(outs..., scratch, tensors..., core), where `scratch` numbers of memory for a part are asked for, else NAME(outs...,
-  tensors..., core); `sizes` are the capitals in it."""
+  tensors..., core); `sizes` are the capitals in it. `others` gives more ways to do the same, of which BEAM takes the one that it finds fastest."""
   cores = parts_of(products)
   written = (size,) if isinstance(size, int) else size
-  outs = (*written, cores * scratch) if scratch else written
   source = spelled(name, code, cores, sizes)
+  if searched():
+    found = others() if scratch else []
+    ways[source] = tuple(text for text in dict.fromkeys(spelled(name, way[0], cores, way[1]) for way in found) if text != source)
+    scratch = max([scratch, *(way[2] for way in found)])
+  outs = (*written, cores * scratch) if scratch else written
 
   def program(*arguments: UOp) -> UOp:
     core = UOp.param(len(arguments), dtypes.int, (), vmin_vmax=(0, cores - 1), name="core_id", addrspace=AddrSpace.ALU)
@@ -168,7 +180,7 @@ def run(key: tuple, make: Callable[..., Any], *tensors: Tensor, gradient: Callab
   `key` and the kinds of `tensors` say all that `make` depends on: what is traced once is kept under them, as tracing is most of a second start."""
   rows = tuple(map(_row, tensors))
   inputs = [row.uop for row in rows]
-  whole = (key, parts_of(1 << 60), *((u.dtype, u.shape, u.device, u.axis, inputs.index(u)) for u in inputs))
+  whole = (key, parts_of(1 << 60), searched(), *((u.dtype, u.shape, u.device, u.axis, inputs.index(u)) for u in inputs))
   if (body := _traced.get(whole)) is None:
     made = function(make, precompile=True)(*rows)
     if len(_traced) >= MOST_TRACED: _traced.clear()

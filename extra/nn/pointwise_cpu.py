@@ -3,7 +3,7 @@
 A pixel's channels lie a plane apart, each in another page of memory, and a gradient's weights a row apart. So a core copies the columns that it is at
 into one piece, as it does the weights, in the order in which they are multiplied, and then uses each of them many times."""
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of
+from tinydet.nn.kernel_cpu import LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, c_kernel, parts_of
 
 AT_HAND = 1 << 16   # numbers of pictures that a core has at hand at a time: they are to stay in its second cache
 LEAST_COLUMNS = 96  # of a picture that are worth the copies
@@ -70,8 +70,8 @@ def pays(batch: int, count: int, channels: int, out_channels: int) -> bool:
   return count >= LEAST_COLUMNS and min(channels, out_channels) >= 16
 
 
-def _plan(batch: int, count: int, channels: int, out_channels: int, cores: int) -> tuple[int, int]:
-  """Columns and parts of the output channels that a part of the work takes: those with which the last core to be ready is ready first."""
+def _plans(batch: int, count: int, channels: int, out_channels: int, cores: int) -> list[tuple[int, int]]:
+  """Columns and parts of the output channels that a part of the work takes: first those with which the last core to be ready is ready first."""
   def cost(columns: int, splits: int) -> float:
     items = splits * batch * -(-count // columns)
     each, parts = -(-items // cores), -(-splits // cores)
@@ -80,7 +80,7 @@ def _plan(batch: int, count: int, channels: int, out_channels: int, cores: int) 
     return each * (min(columns, count) * own / 16 + own / 2 + columns * channels / 3) + 1.5 * parts * own
   most = max(32, min(AT_HAND // channels, count))
   choices = [32 * 2 ** n for n in range(12) if 32 * 2 ** n <= most]
-  return min(((columns, splits) for columns in choices for splits in range(1, cores + 1)), key=lambda choice: cost(*choice))
+  return sorted(((columns, splits) for columns in choices for splits in range(1, cores + 1)), key=lambda choice: cost(*choice))
 
 
 def correlate(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channels: int, out_channels: int, count: int, *,
@@ -88,10 +88,15 @@ def correlate(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, batch: 
   """What a 1x1 convolution gives, f32 [batch*out_channels*count] as one row, from as such rows x [batch,channels,count], weight
   [out_channels,channels] and bias [out_channels]; through SiLU where `silu`. `turned`: the weight is [channels,out_channels]."""
   products = batch * out_channels * count * channels
-  columns, splits = _plan(batch, count, channels, out_channels, parts_of(products))
-  scratch = channels * (columns + 64 + out_channels // splits + 48)   # no smaller than the kernel's own enums come to for any vectors
-  step = (1, out_channels) if turned else (channels, 1)
-  sizes = {"COUNT": count, "BATCH": batch, "IN": channels, "OUT": out_channels, "COLUMNS": columns, "SPLITS": splits, "SCRATCH": scratch,
-           "W_OUT": step[0], "W_IN": step[1]}
   code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + PRODUCT
-  return c_kernel(name, code, batch * out_channels * count, products, (x, weight, *([] if bias is None else [bias])), sizes, scratch)
+  step = (1, out_channels) if turned else (channels, 1)
+
+  def way(columns: int, splits: int) -> Way:
+    scratch = channels * (columns + 64 + out_channels // splits + 48)   # no smaller than the kernel's own enums come to for any vectors
+    return code, {"COUNT": count, "BATCH": batch, "IN": channels, "OUT": out_channels, "COLUMNS": columns, "SPLITS": splits, "SCRATCH": scratch,
+                  "W_OUT": step[0], "W_IN": step[1]}, scratch
+
+  plans = _plans(batch, count, channels, out_channels, parts_of(products))
+  code, sizes, scratch = way(*plans[0])
+  return c_kernel(name, code, batch * out_channels * count, products, (x, weight, *([] if bias is None else [bias])), sizes, scratch,
+                  lambda: [way(*plan) for plan in plans[1:WAYS]])

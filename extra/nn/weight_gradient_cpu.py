@@ -6,7 +6,7 @@ time: its gradients are turned, so that vectors run along the output channels, i
 it while it is in the core's own cache."""
 import math
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import LAY_OUT, c_kernel, parts_of
+from tinydet.nn.kernel_cpu import LAY_OUT, Way, c_kernel, parts_of
 
 PIECE = 160   # pixels taken at a time, about: their gradients of four vectors fill a first-level cache
 
@@ -130,21 +130,27 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tup
   products = batch * out_height * width * math.prod(shape)
   cores = parts_of(products)
   outs = out_channels // groups
-  out_splits = 1 if groups >= cores else max(1, min(cores, outs // 16))
-  in_splits = 1 if groups >= cores else -(-cores // out_splits)
-  bands = max(1, round(out_height * width / PIECE))
-  band = -(-out_height // min(bands, out_height))
-  pictures = min(batch, max(1, PIECE // (band * width))) if band == out_height else 1
   plain = kernel == [1, 1] and stride == 1 and not padding
   phases = [min(k, stride) for k in kernel]
-  rows = band + (kernel[0] - 1) // stride
-  x_plane = math.prod(size) if plain else math.prod(phases) * rows * pitch
-  scratch = pictures * band * gradient_pitch * 64 + (0 if plain else pictures * per_group * x_plane) \
-    + (outs // out_splits + 160) * (per_group // in_splits + 48) * kernel[0] * kernel[1]
-  sizes = {"COUNT": outs, "BATCH": batch, "GROUPS": groups, "IN": per_group, "OUT": outs, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride,
-           "PADDING": padding, "KERNEL_ROWS": kernel[0], "TAPS_A_ROW": kernel[1], "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": rows,
-           "PITCH": pitch, "OUT_H": out_height, "WIDTH": width, "BAND": band, "PICTURES": pictures, "PLAIN": int(plain), "X_PLANE": x_plane,
-           "G_PLANE": plane, "G_START": start, "G_PITCH": gradient_pitch, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}
   lanes = next((n for n in (16, 8, 4, 2) if outs >= n), 1)   # as HEAD has it
   code = turning(lanes) + TURN + ("" if plain else LAY_OUT) + WEIGHT_GRADIENT
-  return c_kernel("conv_weight_gradient", code, math.prod(shape), products, (x, grad), sizes, scratch)
+
+  def way(piece: int, out_splits: int) -> Way:
+    in_splits = 1 if groups >= cores else -(-cores // out_splits)
+    bands = max(1, round(out_height * width / piece))
+    band = -(-out_height // min(bands, out_height))
+    pictures = min(batch, max(1, piece // (band * width))) if band == out_height else 1
+    rows = band + (kernel[0] - 1) // stride
+    x_plane = math.prod(size) if plain else math.prod(phases) * rows * pitch
+    scratch = pictures * band * gradient_pitch * 64 + (0 if plain else pictures * per_group * x_plane) \
+      + (outs // out_splits + 160) * (per_group // in_splits + 48) * kernel[0] * kernel[1]
+    return code, {
+      "COUNT": outs, "BATCH": batch, "GROUPS": groups, "IN": per_group, "OUT": outs, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride,
+      "PADDING": padding, "KERNEL_ROWS": kernel[0], "TAPS_A_ROW": kernel[1], "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": rows,
+      "PITCH": pitch, "OUT_H": out_height, "WIDTH": width, "BAND": band, "PICTURES": pictures, "PLAIN": int(plain), "X_PLANE": x_plane,
+      "G_PLANE": plane, "G_START": start, "G_PITCH": gradient_pitch, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}, scratch
+
+  most = 1 if groups >= cores else max(1, min(cores, outs // 16))
+  made, sizes, scratch = way(PIECE, most)
+  return c_kernel("conv_weight_gradient", made, math.prod(shape), products, (x, grad), sizes, scratch,
+                  lambda: [way(piece, splits) for splits in {most: 0, 1: 0} for piece in (PIECE // 2, PIECE, 3 * PIECE // 2, 3 * PIECE)])

@@ -4,7 +4,7 @@ Each 4x4 piece of the output is found from 6x6 pixels at 36 points: pixels and w
 and taken back. The points of a side are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with the usual 0, +-1, +-2 and infinity the result is four times as
 far from the exact one; with these it is as near as a plain sum."""
 from tinygrad import Tensor
-from tinydet.nn.kernel_cpu import LINEAR, SILU, WITH_BIAS, WITHOUT_BIAS, c_kernel, parts_of
+from tinydet.nn.kernel_cpu import LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, c_kernel, parts_of
 
 LANES, MOST = 16, 3 << 20   # of the widest vectors that a band of tiles is chosen for; bytes of what a core has at hand at a time, about
 # Weights are brought to their points by the core that needs them, so many numbers at a time, which stay in its second cache: all at once they are
@@ -199,14 +199,14 @@ def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]
   return min(channels, out_channels) >= 32 and 36 * pieces + there_and_back + weights < 9 * batch * out_size[0] * out_size[1]
 
 
-def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> tuple[int, int, int, int]:
-  """Pictures, rows of tiles and parts of the channels that a part of the work takes: those of which the last core to be ready is ready first. And how
-  often a core then needs the same weights."""
+def _plans(batch: int, channels: int, out_channels: int, out_size: tuple[int, int], cores: int) -> list[tuple[int, int, int, int]]:
+  """Pictures, rows of tiles and parts of the channels that a part of the work takes: first those of which the last core to be ready is ready first.
+  And how often a core then needs the same weights."""
   across, down = (-(-side // 4) for side in reversed(out_size))
-  best = None
+  found: list[tuple[float, tuple[int, int, int, int]]] = []
   for pictures, band in [(1, band) for band in range(1, down + 1)] + [(n, down) for n in range(2, batch + 1)]:
     tiles = pictures * band * across
-    if best and tiles > 64 and (channels + out_channels) * tiles * 144 > MOST: break
+    if found and tiles > 64 and (channels + out_channels) * tiles * 144 > MOST: break
     vectors = -(-tiles // LANES)
     computed = vectors if vectors < 4 else min(-(-vectors // 3) * 3, -(-vectors // 4) * 4)
     for splits in (1, 2, 4):
@@ -216,8 +216,8 @@ def _plan(batch: int, channels: int, out_channels: int, out_size: tuple[int, int
       # cycles: two multiplications of vectors in one, some 200 for a row of tiles on its way to the points, 130 back; weights read again
       cost = -(-items // cores) * (18 * computed * channels * out_channels / splits + 200 * rows * channels + 130 * rows * out_channels / splits
                                    + 9 * channels * out_channels / splits)
-      if best is None or cost < best[0]: best = cost, pictures, band, splits, -(-items // max(cores, splits))
-  return best[1:]
+      found.append((cost, (pictures, band, splits, -(-items // max(cores, splits)))))
+  return [plan for _, plan in sorted(found, key=lambda each: each[0])]
 
 
 def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channels: int, out_channels: int, size: tuple[int, int], padding: int, *,
@@ -229,18 +229,26 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, channe
   out_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
   products = batch * out_channels * out_size[0] * out_size[1] * channels * 9
   cores = parts_of(products)
-  pictures, band, splits, times = _plan(batch, channels, out_channels, out_size, cores)
-  ready = times > MOST_TIMES and 36 * channels * out_channels // splits > AT_HAND
-  # no smaller than what the kernels' own enums come to for any vectors
-  row = pictures * band * -(-out_size[1] // 4) + 96
-  scratch = 36 * ((channels + out_channels // splits + 49) * row + 48) + (0 if ready else max(AT_HAND, 36 * 24 * (channels + 24)))
-  scratch = -(-scratch // 16) * 16   # each core's begins with a line of the cache
   step = (9, out_channels * 9) if turned else (channels * 9, 9)
-  sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
-           "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits, "AT_HAND": AT_HAND, "SCRATCH": scratch,
-           "W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned)}
+  code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED
+
+  def way(plan: tuple[int, int, int, int], ready: bool, at_hand: int) -> Way:
+    pictures, band, splits, _ = plan
+    # no smaller than what the kernels' own enums come to for any vectors
+    row = pictures * band * -(-out_size[1] // 4) + 96
+    scratch = 36 * ((channels + out_channels // splits + 49) * row + 48) + (0 if ready else max(at_hand, 36 * 24 * (channels + 24)))
+    scratch = -(-scratch // 16) * 16   # each core's begins with a line of the cache
+    return code + ("" if ready else TO_POINTS) + CONVOLVE, {
+      "COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": out_size[0],
+      "OUT_W": out_size[1], "PADDING": padding, "PICTURES": pictures, "BAND": band, "SPLITS": splits, "AT_HAND": at_hand, "SCRATCH": scratch,
+      "W_OUT": step[0], "W_IN": step[1], "FLIP": int(turned), "READY": int(ready)}, scratch
+
+  plans = _plans(batch, channels, out_channels, out_size, cores)
+  _, _, splits, times = plans[0]
+  ready = times > MOST_TIMES and 36 * channels * out_channels // splits > AT_HAND
+  made, sizes, scratch = way(plans[0], ready, AT_HAND)
   if ready: weight = c_kernel(f"{name}_weights", SHARED + TO_POINTS + WEIGHTS, 36 * (channels + 24) * (out_channels + 24),
                               36 * channels * out_channels, (weight,), sizes)
-  code = (WITHOUT_BIAS if bias is None else WITH_BIAS) + (SILU if silu else LINEAR) + SHARED + ("" if ready else TO_POINTS) + CONVOLVE
-  return c_kernel(name, code, batch * out_channels * out_size[0] * out_size[1], products, (x, weight, *([] if bias is None else [bias])),
-                  sizes | {"READY": int(ready)}, scratch)
+  tensors = (x, weight) if bias is None else (x, weight, bias)
+  return c_kernel(name, made, batch * out_channels * out_size[0] * out_size[1], products, tensors, sizes, scratch,
+                  lambda: [*(way(plan, ready, AT_HAND) for plan in plans[:WAYS]), *(way(plans[0], ready, n) for n in (AT_HAND // 4, 2 * AT_HAND))])

@@ -6,7 +6,7 @@ channels all the way; what the products add up to is taken back from the points 
 import math
 from tinygrad import Tensor
 from tinydet.nn import winograd_cpu
-from tinydet.nn.kernel_cpu import c_kernel, parts_of
+from tinydet.nn.kernel_cpu import Way, c_kernel, parts_of
 from tinydet.nn.weight_gradient_cpu import TURN, turning
 
 PACK = 16     # channels that fill a line of the cache: they come to their points together
@@ -155,13 +155,13 @@ def pays(batch: int, channels: int, out_channels: int, out_size: tuple[int, int]
   return winograd_cpu.pays(batch, channels, out_channels, out_size, at_points=900, weights=1300)
 
 
-def _splits(outs: int, ins: int, cores: int) -> tuple[int, int]:
-  """Parts of so many packs of output and input channels, one for each core, with which the last core to be ready is ready first."""
+def _splits(outs: int, ins: int, cores: int) -> list[tuple[int, int]]:
+  """Parts of so many packs of output and input channels, one for each core: first those with which the last core to be ready is ready first."""
   def cost(out_splits: int, in_splits: int) -> float:
     own_outs, own_ins = -(-outs // out_splits), -(-ins // in_splits)
     # of a piece and a core, in cycles: sixteen multiplications in one, some 500 for a pack on its way to the points
     return -(-out_splits * in_splits // cores) * (36 * PACK * own_outs * own_ins + 500 * (own_outs + own_ins))
-  return min(((o, i) for o in range(1, min(outs, cores) + 1) for i in range(1, min(ins, -(-cores // o)) + 1)), key=lambda splits: cost(*splits))
+  return sorted(((o, i) for o in range(1, min(outs, cores) + 1) for i in range(1, min(ins, -(-cores // o)) + 1)), key=lambda splits: cost(*splits))
 
 
 def weight_gradient(x: Tensor, grad: Tensor, batch: int, channels: int, out_channels: int, size: tuple[int, int], padding: int) -> Tensor:
@@ -169,14 +169,19 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, channels: int, out_chan
   height, width = out_size = tuple(side + 2 * padding - 2 for side in size)
   products = batch * out_channels * math.prod(out_size) * channels * 9
   outs, ins, across, down = -(-out_channels // PACK), -(-channels // PACK), -(-width // 4), -(-height // 4)
-  out_splits, in_splits = _splits(outs, ins, parts_of(products))
-  band = min(batch * down, max(1, PIECES // across))
-  own_outs, own_ins = -(-outs // out_splits), -(-ins // in_splits)
-  # no smaller than what the kernel's own enums come to for any vectors
-  row = own_ins + 5
-  scratch = PACK * (36 * ((band * across + 1) * (row + own_outs + 1) + (own_outs + 1) * PACK * row + 1)
-                    + 2 * (6 * max(width, size[1]) + PACK) + 12 * (across * 4 + 2))
-  sizes = {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": height, "OUT_W": width,
-           "PADDING": padding, "BAND": band, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}
   code = turning(PACK) + TURN + winograd_cpu.FORWARD + WEIGHT_GRADIENT
-  return c_kernel("conv_weight_gradient", code, out_channels * channels * 9, products, (x, grad), sizes, scratch)
+
+  def way(pieces: int, out_splits: int, in_splits: int) -> Way:
+    band = min(batch * down, max(1, pieces // across))
+    own_outs, own_ins = -(-outs // out_splits), -(-ins // in_splits)
+    # no smaller than what the kernel's own enums come to for any vectors
+    row = own_ins + 5
+    scratch = PACK * (36 * ((band * across + 1) * (row + own_outs + 1) + (own_outs + 1) * PACK * row + 1)
+                      + 2 * (6 * max(width, size[1]) + PACK) + 12 * (across * 4 + 2))
+    return code, {"COUNT": 64, "BATCH": batch, "IN": channels, "OUT": out_channels, "HEIGHT": size[0], "WIDTH": size[1], "OUT_H": height,
+                  "OUT_W": width, "PADDING": padding, "BAND": band, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}, scratch
+
+  splits = _splits(outs, ins, parts_of(products))
+  made, sizes, scratch = way(PIECES, *splits[0])
+  return c_kernel("conv_weight_gradient", made, out_channels * channels * 9, products, (x, grad), sizes, scratch,
+                  lambda: [way(pieces, *each) for each in splits[:2] for pieces in (PIECES // 4, PIECES // 2, PIECES, 2 * PIECES)])
