@@ -158,7 +158,8 @@ def fit_budget(config: Any, run: Run, detector: Detector, data: tuple[Any, Any])
   size = next((size for size in sizes if epochs(size) >= ENOUGH), sizes[-1])
   if epochs(size) < 1:
     raise UserError(f"--budget {show_seconds(config.budget)}: an epoch of {len(train_set):,} pictures at {size[0]}x{size[1]} takes "
-                    f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left; give more time, or --train-images")
+                    f"{epoch_seconds(size):.0f} s here, and {max(0, left):.0f} s are left after {spent:.0f} s to get ready and measure; give more "
+                    f"time, or --train-images")
   set_free(config, {"size": size, "epochs": min(MOST_EPOCHS, epochs(size))}, "--budget")
   set_free(config, {"eval_every": max(1, math.ceil(config.epochs / evaluations)), "close_mosaic": min(config.close_mosaic, config.epochs // 6)},
            "--budget")
