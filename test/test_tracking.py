@@ -372,6 +372,21 @@ def test_progress_on_a_terminal_and_elsewhere():
   assert terminal.getvalue().count("\r") == 40 and terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("\n")
 
 
+def test_an_evaluation_is_no_step():
+  """After a minute of something else the speed is that of the steps before, and soon of those after."""
+  now, out = [0.0], io.StringIO()
+  progress = Progress(1000, 16, interval=0, stream=out, clock=lambda: now[0])
+  for step in range(1, 81):
+    now[0] += 0.5 if step <= 40 else 0.25
+    if step == 41:
+      progress.close()
+      now[0] += 60
+    progress.update(step, 1.0)
+  lines = out.getvalue().splitlines()
+  assert "32.0 images/s  8:00 left" in lines[39] and "32.0 images/s  8:00 left" in lines[40], lines[38:42]
+  assert 32 < float(lines[50].split()[4]) < 64 and "64.0 images/s" in lines[79], (lines[50], lines[79])
+
+
 def test_progress_texts():
   assert progress_line(1, 2, float("nan"), float("nan"), float("nan")) == "step 1/2  loss nan"
   assert progress_line(1, 2, 1, 1234.5, 3723, 5_000_000) == "step 1/2  loss 1.0000  1234 images/s  1:02:03 left  5 MB"

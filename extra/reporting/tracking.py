@@ -270,18 +270,23 @@ class Progress:
   """One line about a running loop: rewritten in place on a terminal, printed every `interval` seconds elsewhere.
 
   steps is the step at which the loop ends, batch_size the images a step. Speed is that of the last 20 updates, so the first step's compile time does
-  not spoil it.
+  not spoil it, and neither does what is done after `close`, such as an evaluation.
   """
   def __init__(self, steps: int, batch_size: int, *, interval: float = 10.0, stream: TextIO | None = None,
                clock: Callable[[], float] = time.monotonic):
     self.steps, self.batch_size, self.interval, self.stream, self.clock = steps, batch_size, interval, stream or sys.stdout, clock
     self.terminal = self.stream.isatty()
     self._recent: deque[tuple[float, int]] = deque(maxlen=20)
-    self._printed, self._width = -math.inf, 0
+    self._printed, self._width, self._closed = -math.inf, 0, False
 
   def update(self, step: int, loss: float, memory: int = 0) -> None:
     """Show that step steps are done, the loss and the device memory in bytes (0: not shown)."""
     now = self.clock()
+    if self._closed and len(self._recent) > 1:   # this update took as long as those before
+      (first, before), (last, after) = self._recent[0], self._recent[-1]
+      rest = now - last - (last - first) / (after - before) * (step - after)
+      self._recent = deque([(then + rest, at) for then, at in self._recent], maxlen=self._recent.maxlen)
+    self._closed = False
     self._recent.append((now, step))
     (then, before), speed = self._recent[0], math.nan
     if now > then: speed = (step - before) / (now - then)
@@ -298,7 +303,7 @@ class Progress:
   def close(self) -> None:
     """End the line on a terminal, so that other text can follow; may be called often."""
     if self._width: print(file=self.stream, flush=True)
-    self._width = 0
+    self._width, self._closed = 0, True
 
 
 def progress_line(step: int, steps: int, loss: float, images_per_second: float, seconds_left: float, memory: int = 0) -> str:
