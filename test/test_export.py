@@ -3,10 +3,14 @@ import importlib.util, itertools, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
+from tinygrad import Tensor
 from tinydet import detectors, export
 from tinydet.config import parse
 from tinydet.datasets.shapes import Shapes
 from tinydet.errors import UserError
+from tinydet.nn import kernel_cpu
+from tinydet.nn.conv import conv2d
+from tinydet.runtime import c_source, clang
 from yolo_golden import fill
 from by_hand import by_hand
 
@@ -56,7 +60,6 @@ def test_the_shipped_detector(outputs, preprocess, tmp_path):
   known = json.loads(found.get_modelmeta().custom_metadata_map["tinydet"])
   assert known["class_names"] == about["class_names"] and known["model"] == detector.name
   if outputs != "detections": return
-  from tinygrad import Tensor
   rows = run(tmp_path / "x.onnx", images if preprocess else detector.prepare(Tensor(images)).numpy())["detections"]
   own = detector.detect(detector.infer(Tensor(images).realize()), (128, 128), np.full((3, 2), 128), score_threshold=0.05, topk=100_000)
   for i in range(3):
@@ -115,7 +118,22 @@ def test_without_the_package(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.by_hand
+def test_kernels_of_every_kind_share_a_file(monkeypatch):
+  """Whatever a kernel in C defines, it is no other's: two of each kind, and those of gradients, are one file."""
+  sources, spelled = [], kernel_cpu.spelled
+  monkeypatch.setattr(kernel_cpu, "spelled", lambda *args: sources.append((args[0], spelled(*args))) or sources[-1][1])
+  monkeypatch.setattr(kernel_cpu, "_traced", {})
+  for side in (24, 28):
+    for channels, kernel, stride, groups in ((40, 3, 1, 1), (40, 1, 1, 1), (4, 3, 2, 1), (4, 1, 2, 1), (8, 3, 1, 8), (8, 5, 2, 8), (6, 3, 1, 2)):
+      shapes = (2, channels, side, side), (channels, channels // groups, kernel, kernel), (channels,)
+      tensors = [Tensor.empty(*shape).realize() for shape in shapes]
+      conv2d(*tensors, stride, kernel // 2, groups, silu=True).sum().gradient(*tensors)
+  assert len({name for name, _ in sources}) >= 3 and len(sources) > 30
+  text = "\n".join(c_source._alone(source, f"k{i}") for i, (_, source) in enumerate(sources))
+  done = subprocess.run([*clang.command(), "-x", "c", "-fsyntax-only", "-ffreestanding", "-"], input=text, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[:2000]
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
 @pytest.mark.parametrize("name", ["yolov8t", pytest.param("yolov4-tiny", marks=pytest.mark.by_hand)])
 def test_c_of_networks(name, tmp_path):

@@ -81,7 +81,7 @@ def _alone(source: str, name: str) -> str:
   macros = dict(re.findall(r"^#define (\w+)(?: (\w+)$)?", source, re.M))
   function = re.search(r"^void (\w+)\(", source, re.M)[1]
   function = macros.get(function) or function
-  own = re.findall(r"^static (?:const |inline )*(?:struct \{.*?\}|\w+) \*?(\w+)", source, re.M)
+  own = re.findall(r"^(?:static|APART) (?:const |inline )*(?:struct \{.*?\}|\w+) \*?(\w+)", source, re.M)
   own += re.findall(r"^typedef .*?(\w+)(?: __attribute__.*)?;", source, re.M)
   for inner in re.findall(r"^enum \{(.*?)\};", source, re.M | re.S): own += re.findall(r"(\w+) = ", inner)
   before = [f"#define {function} {name}", *(f"#define {each} {each}_{name}" for each in dict.fromkeys(own))]
