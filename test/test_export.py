@@ -130,7 +130,8 @@ def test_kernels_of_every_kind_share_a_file(monkeypatch):
       conv2d(*tensors, stride, kernel // 2, groups, silu=True).sum().gradient(*tensors)
   assert len({name for name, _ in sources}) >= 3 and len(sources) > 30
   text = "\n".join(c_source._alone(source, f"k{i}") for i, (_, source) in enumerate(sources))
-  done = subprocess.run([*clang.command(), "-x", "c", "-fsyntax-only", "-ffreestanding", "-"], input=text, capture_output=True, text=True, check=False)
+  command = [*clang.command(), "-x", "c", "-fsyntax-only", "-ffreestanding", "-"]
+  done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[:2000]
 
 
