@@ -20,13 +20,13 @@ def kernels(monkeypatch):
   """What is traced in the test: (name, source, parts, what it writes, what it reads); of the latter dtype, numbers, and whether it has values before,
   None for memory to work in."""
   found = []
-  def record(name, code, size, products, tensors, sizes, scratch=0, *, make=kernel_cpu.c_kernel):
+  def record(name, code, size, products, tensors, sizes, scratch=0, others=list, *, make=kernel_cpu.c_kernel):
     cores = kernel_cpu.parts_of(products)
     outs = (size,) if isinstance(size, int) else size
     written = [(t.dtype, t.numel(), True) if isinstance(t, Tensor) else (dtypes.float32, t, False) for t in outs]
     if scratch: written.append((dtypes.float32, cores * scratch, None))
     found.append((name, kernel_cpu.spelled(name, code, cores, sizes), cores, written, [(t.dtype, t.numel(), True) for t in tensors]))
-    return make(name, code, size, products, tensors, sizes, scratch)
+    return make(name, code, size, products, tensors, sizes, scratch, others)
   for module in MODULES: monkeypatch.setattr(module, "c_kernel", record)
   monkeypatch.setattr(kernel_cpu, "_traced", {})
   return found
