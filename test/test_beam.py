@@ -50,7 +50,6 @@ def test_a_kernel_in_c_is_taken_the_way_that_was_fastest(capfd, monkeypatch):
   kept, measured = {}, []
   monkeypatch.setattr(beam, "_get", lambda table, key: kept.get((table, key)))
   monkeypatch.setattr(beam, "_put", lambda table, key, value: kept.setdefault((table, key), value))
-  monkeypatch.setattr(beam, "FORGET", 1 << 10)
   def shares(turns):
     assert all(0 < next(turn) < 10 for turn in turns)
     measured.append(len(turns))

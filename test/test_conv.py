@@ -117,6 +117,11 @@ def alone(monkeypatch, module, cores, wide, make, *arrays):
   for way in others(): yield made(*way)
 
 
+def check_alone(expected, atol, *what):
+  """The result of the kernel that `alone` makes of `what` is `expected`."""
+  np.testing.assert_allclose(next(alone(*what)).reshape(expected.shape), expected, rtol=1e-6, atol=atol)
+
+
 def run_alone(name, source, cores, size, scratch, arrays):
   """The result of a kernel made by itself and run core by core, the last first: from memory that was used before, and without a number beyond what
   is asked for."""
@@ -168,10 +173,9 @@ def test_gradients_of_weights_at_their_points(case, pieces, cores, wide, monkeyp
   for module in (winograd_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
   batch, cin, cout, height, width, _, _, padding, _ = case
   x, _, _, r, _, back = draw(case)
-  found = next(alone(monkeypatch, winograd_gradient_cpu, cores, wide, lambda *rows: winograd_gradient_cpu.weight_gradient(
-    *rows, batch, cin, cout, (height, width), padding), x, r))
   expected = back(r)[1]
-  np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
+  check_alone(expected, 1e-5 * expected.std(), monkeypatch, winograd_gradient_cpu, cores, wide,
+              lambda *rows: winograd_gradient_cpu.weight_gradient(*rows, batch, cin, cout, (height, width), padding), x, r)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
@@ -184,12 +188,10 @@ def test_convolutions_at_their_points(case, most, cores, wide, monkeypatch):
   for module in (winograd_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
   batch, cin, cout, height, width, _, _, padding, _ = case
   x, w, bias, r, out, back = draw(case)
-  found = next(alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
-    *rows, batch, cin, cout, (height, width), padding), x, w, bias))
-  np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=1e-5 * out.std())
-  found = next(alone(monkeypatch, winograd_cpu, cores, wide, lambda *rows: winograd_cpu.correlate(
-    *rows, None, batch, cout, cin, out.shape[2:], 2 - padding, turned=True), r, w))
-  np.testing.assert_allclose(found.reshape(x.shape), expected := back(r)[0], rtol=1e-6, atol=1e-5 * expected.std())
+  expected, kind = back(r)[0], (monkeypatch, winograd_cpu, cores, wide)
+  check_alone(out, 1e-5 * out.std(), *kind, lambda *rows: winograd_cpu.correlate(*rows, batch, cin, cout, (height, width), padding), x, w, bias)
+  check_alone(expected, 1e-5 * expected.std(), *kind, lambda *rows: winograd_cpu.correlate(
+    *rows, None, batch, cout, cin, out.shape[2:], 2 - padding, turned=True), r, w)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
@@ -203,12 +205,10 @@ def test_pointwise_convolutions(case, at_hand, cores, wide, monkeypatch):
   batch, cin, cout, height, width, *_ = case
   assert pointwise_cpu.pays(batch, height * width, cin, cout)
   x, w, bias, r, out, back = draw(case)
-  found = next(alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
-    "conv", *rows, batch, cin, cout, height * width), x, w, bias))
-  np.testing.assert_allclose(found.reshape(out.shape), out, rtol=1e-6, atol=2e-5)
-  found = next(alone(monkeypatch, pointwise_cpu, cores, wide, lambda *rows: pointwise_cpu.correlate(
-    "conv_input_gradient", *rows, None, batch, cout, cin, height * width, turned=True), r, w))
-  np.testing.assert_allclose(found.reshape(x.shape), back(r)[0], rtol=1e-6, atol=2e-5)
+  kind, numbers = (monkeypatch, pointwise_cpu, cores, wide), height * width
+  check_alone(out, 2e-5, *kind, lambda *rows: pointwise_cpu.correlate("conv", *rows, batch, cin, cout, numbers), x, w, bias)
+  check_alone(back(r)[0], 2e-5, *kind, lambda *rows: pointwise_cpu.correlate(
+    "conv_input_gradient", *rows, None, batch, cout, cin, numbers, turned=True), r, w)
 
 
 @pytest.mark.parametrize("case", [CASES[3], WINOGRAD[3], PIECES[1], POINTWISE, DEPTHWISE[2]], ids=str)

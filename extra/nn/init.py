@@ -61,7 +61,7 @@ def initialize(model: object, rule: Callable[[str, tuple[int, ...]], Draw], seed
   def draw(named: tuple[str, Tensor]) -> tuple[Tensor, np.ndarray]:
     key, tensor = named
     values = rule(key, tensor.shape)(np.random.default_rng((seed, zlib.crc32(key.encode()))), tensor.shape)
-    return tensor, np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None)
+    return tensor, _typed(values, tensor)
   set_all(_ahead(draw, get_state_dict(model).items()))
 
 
@@ -85,7 +85,7 @@ def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
   waiting: list[Tensor] = []
   with ThreadPoolExecutor(THREADS) as pool:   # all is copied when it ends
     for tensor, values in pairs:
-      values = np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None).reshape(-1)
+      values = _typed(values, tensor).reshape(-1)
       is_param = tensor.is_param
       # Flat, then shaped: from an array of no dimensions tinygrad makes a constant, which a captured graph cannot change.
       new = on_device(values, tensor.device or Device.DEFAULT, pool.submit if values.size > LARGE else None)
@@ -94,6 +94,11 @@ def set_all(pairs: Iterable[tuple[Tensor, np.ndarray]]) -> None:
         Tensor.realize(*waiting)
         waiting.clear()
   if waiting: Tensor.realize(*waiting)
+
+
+def _typed(values: np.ndarray, tensor: Tensor) -> np.ndarray:
+  """`values` in the dtype of `tensor`, in one piece; as they are where that is so already."""
+  return np.ascontiguousarray(values, _numpy[0](tensor.dtype) if _numpy else None)
 
 
 def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:

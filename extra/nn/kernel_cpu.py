@@ -12,7 +12,7 @@ _parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "t
 if _parts: AddrSpace, NUM_CPU_THREADS, BEAM, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
-WAYS = 8                 # to divide a kernel's work into pieces, at most, of which BEAM is to choose
+WAYS = 8                 # of the likeliest plans to divide a kernel's work, how many BEAM is to choose from
 MOST_TRACED = 4096       # functions that are kept, of a few kilobytes each
 _traced: dict[tuple, UOp] = {}   # what `run` has made a function of, by all that it depends on
 Way = tuple[str, dict[str, int], int]   # code of a kernel, its sizes, and the memory that it works in
@@ -149,7 +149,7 @@ def c_kernel(name: str, code: str, size: int | tuple[int | Tensor, ...], product
   written = (size,) if isinstance(size, int) else size
   source = spelled(name, code, cores, sizes)
   if searched():
-    found = others() if scratch else []
+    found = others()
     ways[source] = tuple(text for text in dict.fromkeys(spelled(name, way[0], cores, way[1]) for way in found) if text != source)
     scratch = max([scratch, *(way[2] for way in found)])
   outs = (*written, cores * scratch) if scratch else written
