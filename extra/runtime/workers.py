@@ -2,7 +2,7 @@
 
 Python's `multiprocessing.Pool` waits for ever for what a killed process was at, and for the lock that it held. Here each process has a connection
 of its own, and a thread that hands it one task after another; what one was at when it died, the program does itself."""
-import atexit, contextlib, itertools, multiprocessing, os, pickle, signal, subprocess, sys, threading, traceback
+import atexit, contextlib, functools, itertools, multiprocessing, os, pickle, signal, subprocess, sys, threading, traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from multiprocessing.connection import Connection, Pipe
@@ -10,9 +10,10 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 from tinydet.parts import note, take
+from tinydet.runtime.together import batches, compile_all
 
 
-MOST_TASKS = 1000   # of one process, whose memory grows with them
+MOST_TASKS = 200   # of one process, whose memory grows with them
 
 
 class Died(Exception):
@@ -47,6 +48,11 @@ class Workers:
       return function(argument)
 
   def imap_unordered(self, function: Callable, arguments: Iterable) -> Iterator:
+    if getattr(function, "__name__", "") != "_compile_kernel": return self._results(function, arguments)
+    together = self._results(functools.partial(compile_all, function), batches(list(arguments), len(self.processes)))
+    return itertools.chain.from_iterable(together)
+
+  def _results(self, function: Callable, arguments: Iterable) -> Iterator:
     futures = [self.start(function, argument) for argument in arguments]
     try:
       for future in as_completed(futures): yield self.result(future)
