@@ -104,7 +104,7 @@ def test_kernels_that_are_kept_are_not_compiled_again(tasks, monkeypatch):
   compiler = tasks[0][1][1].compiler
   monkeypatch.setattr(compiler, "cachekey", "test_together")
   from tinydet.runtime import together
-  program, kept, keep, *rest = together._parts()
+  program, _, _, *rest = together._parts()
   table: dict = {}
   monkeypatch.setattr(together, "_parts", lambda: (program, lambda name, key: table.get((name, key)),
                                                    lambda name, key, value: table.__setitem__((name, key), value), *rest))
