@@ -51,7 +51,7 @@ for t in exchange.tensors: t.assign(t.full_like(1.5)).realize()
 exchange.add()
 print(json.dumps(losses + [t.numpy().sum().item() for t in exchange.tensors] + [t.numpy().sum().item() for t in params.values()]))
 """
-HELPERS = "DEBUG NUM_CPU_THREADS PARALLEL BEAM JIT CACHELEVEL CACHEDB db_connection PCONTIG TC_OPT ContextVar DEV".split()
+HELPERS = "diskcache_put DEBUG NUM_CPU_THREADS PARALLEL BEAM JIT CACHELEVEL CACHEDB db_connection PCONTIG TC_OPT ContextVar DEV".split()
 REALIZE = "capturing to_program_cache to_program_key _get_call_to_compile _compile_kernel time_call compile_linear".split()
 PLACES = [*(f"tinygrad.helpers:{name}" for name in HELPERS), *(f"tinygrad.engine.realize:{name}" for name in REALIZE),
           *(f"tinygrad.engine.jit:{name}" for name in ("jit_lower", "graph_split_rewrite", "GraphRunner")), "tinygrad.engine.worker:get_worker_pool",

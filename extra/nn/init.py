@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, UOp
 from tinygrad.nn.state import get_state_dict
 from tinydet.parts import take
 
-_numpy = take("tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:_from_np_dtype", instead="weights are put on the device as they come, and cast there")
+_numpy = take("tinygrad.dtype:_to_np_dtype", "tinygrad.dtype:_from_np_dtype", "tinygrad:UOp.new_buffer",
+              instead="weights are put on the device as they come, and cast there")
 TOGETHER = 256   # tensors that get their values at a time
 THREADS = 2      # that draw and copy them
 LARGE = 1 << 16  # numbers whose copy is worth another thread
@@ -106,13 +107,30 @@ def put(values: np.ndarray, device: str | tuple[str, ...]) -> Tensor:
   return on_device(values, device).realize()
 
 
+def zeros(shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+  """Tensors of zeros, f32, on the default device."""
+  if not _numpy or Device.DEFAULT != "CPU": return [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
+  tensors = []
+  with ThreadPoolExecutor(THREADS) as pool:
+    for shape in shapes:
+      tensor, memory = _in_memory(shape, np.dtype(np.float32))
+      pool.submit(memory.fill, 0)
+      tensors.append(tensor)
+  return tensors
+
+
 def on_device(values: np.ndarray, device: str | tuple[str, ...], start: Callable[..., Any] | None = None) -> Tensor:
   """`values` on `device` once they are realised. On the CPU they are copied to its memory, by `start(function, to, from)` if that is given: tinygrad
   would schedule the copy, which takes several times as long as it."""
   if not _numpy or device != "CPU" or not values.size: return Tensor(values, device=device)
-  tensor = Tensor.empty(*values.shape, dtype=_numpy[1](values.dtype), device="CPU")
-  memory = tensor.uop.base.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
-  arrays = np.frombuffer(memory, values.dtype).reshape(values.shape), values
-  if start: start(np.copyto, *arrays)
-  else: np.copyto(*arrays)
+  tensor, memory = _in_memory(values.shape, values.dtype)
+  if start: start(np.copyto, memory, values)
+  else: np.copyto(memory, values)
   return tensor
+
+
+def _in_memory(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Tensor, np.ndarray]:
+  """A tensor on the CPU of whatever was there, and its memory."""
+  flat = UOp.new_buffer("CPU", math.prod(shape), _numpy[1](dtype))   # `Tensor.empty` takes four times as long
+  memory = flat.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
+  return Tensor(flat) if len(shape) == 1 else Tensor(flat).reshape(shape), np.frombuffer(memory, dtype).reshape(shape)

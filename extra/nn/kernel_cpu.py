@@ -1,14 +1,15 @@
 """Kernels in C for processors, which tinygrad compiles and runs like its own: what all of them share."""
-import functools
+import dataclasses, functools
 from collections.abc import Callable
 from typing import Any
-from tinygrad import Device, Tensor, UOp, dtypes, function, getenv
+from tinygrad import Device, Tensor, UOp, dtypes, getenv
 from tinydet.parts import take
 
 _parts = take("tinygrad.dtype:AddrSpace", "tinygrad.helpers:NUM_CPU_THREADS", "tinygrad.helpers:BEAM", "tinygrad.renderer:Estimates",
               "tinygrad.renderer.cstyle:ClangRenderer", "tinygrad.uop.ops:KernelInfo", "tinygrad.uop.ops:Ops", "tinygrad.uop.ops:ProgramInfo",
               "tinygrad.uop.ops:Ops.PROGRAM", "tinygrad:Tensor.custom_kernel", "tinygrad:Tensor.invalids", "tinygrad:UOp.unshard",
-              "tinygrad:UOp._shard", "tinygrad.uop.ops:AxisType", instead="convolutions on the CPU are tinygrad's own, several times slower")
+              "tinygrad:UOp._shard", "tinygrad:UOp.param_like", "tinygrad:UOp.maketuple", "tinygrad.uop.ops:Ops.BUFFER",
+              "tinygrad.uop.ops:AxisType", instead="convolutions on the CPU are tinygrad's own, several times slower")
 if _parts: AddrSpace, NUM_CPU_THREADS, BEAM, Estimates, ClangRenderer, KernelInfo, Ops, ProgramInfo, *_, AxisType = _parts
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
@@ -182,13 +183,22 @@ def run(key: tuple, make: Callable[..., Any], *tensors: Tensor, gradient: Callab
   inputs = [row.uop for row in rows]
   whole = (key, parts_of(1 << 60), searched(), *((u.dtype, u.shape, u.device, u.axis, inputs.index(u)) for u in inputs))
   if (body := _traced.get(whole)) is None:
-    made = function(make, precompile=True)(*rows)
     if len(_traced) >= MOST_TRACED: _traced.clear()
-    body = _traced[whole] = (made if isinstance(made, Tensor) else made[0]).uop.src[0].src[0]
+    body = _traced[whole] = _body(make, inputs)
   call = body.call(*dict.fromkeys(inputs), grad_fxn=gradient, name=key[0], precompile=True)
   # contiguous, or it is run at each use
   results = tuple(Tensor(call.gettuple(i)).contiguous() for i in range(len(body.src)))
   return results[0] if len(results) == 1 else results
+
+
+def _body(make: Callable[..., Any], inputs: list[UOp]) -> UOp:
+  """What `make` computes of parameters in place of `inputs`, a tuple. As tinygrad's `function` makes it, of which only what kernels need is done."""
+  parameters = {u: u.param_like(i) for i, u in enumerate(dict.fromkeys(inputs))}
+  made = make(*(Tensor(parameters[u]) for u in inputs))
+  body = UOp.maketuple(*(t.uop for t in ((made,) if isinstance(made, Tensor) else made)))
+  # numbered from 0, or no other process would find it in the cache of graphs
+  own = [u for u in body.toposort() if u.op is Ops.BUFFER]
+  return body.substitute({u: u.replace(arg=dataclasses.replace(u.arg, slot=i)) for i, u in enumerate(own)})
 
 
 def _row(x: Tensor) -> Tensor:

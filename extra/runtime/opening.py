@@ -1,7 +1,7 @@
 """What opening a device need not wait for: half a second of every start.
 
 tinygrad 0.14 spells four small kernels whenever it opens its CPU device, which only the queues between devices run, and imports all that drives
-NVIDIA's GPUs to find out that there is none."""
+the GPUs of each maker to find out that there is none."""
 import os, sys, threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from tinydet.parts import take
 
-NVIDIA = "0x10de"   # its number as a maker of PCI devices
+# What each kind of GPU is found by on Linux, under /: a file of its driver or a folder of devices; of these, the file that names the maker, and the
+# numbers of makers. AMD's also sit behind a USB controller; NVIDIA's driver has other files on Jetsons and on Windows' Linux.
+_NVIDIA: tuple = ("dev/nvidiactl", "dev/nvmap", "dev/dxg", ("sys/bus/pci/devices", "vendor", {"0x10de"}))
+SIGNS: dict[str, tuple] = {
+  "NV": _NVIDIA, "CUDA": _NVIDIA, "QCOM": ("dev/kgsl-3d0",),
+  "AMD": ("dev/kfd", ("sys/bus/pci/devices", "vendor", {"0x1002"}), ("sys/bus/usb/devices", "idVendor", {"add1", "3801"}))}
 
 
 def use_in_cpu(module: ModuleType) -> None:
@@ -44,13 +49,17 @@ class _Later:
 
 
 def use_in_devices(module: ModuleType) -> None:
-  """Keep `module`, tinygrad's of devices, from trying NVIDIA's GPUs for a default where there is none."""
-  if "NV" in getattr(module, "ALL_DEVICES", ()) and not nvidia_may_be_here():
-    module.ALL_DEVICES = [name for name in module.ALL_DEVICES if name != "NV"]
+  """Keep `module`, tinygrad's of devices, from trying for a default what cannot be here."""
+  if hasattr(module, "ALL_DEVICES"): module.ALL_DEVICES = [name for name in module.ALL_DEVICES if may_be_here(name)]
 
 
-def nvidia_may_be_here(root: Path = Path("/")) -> bool:
-  """Whether tinygrad could find an NVIDIA GPU: by its driver's file, on the PCI bus, or on another machine. `root` is the folder of /dev and /sys."""
-  if sys.platform != "linux" or os.environ.get("REMOTE") or (root/"dev/nvidiactl").exists(): return True
-  try: return any(file.read_text().strip() == NVIDIA for file in (root/"sys/bus/pci/devices").glob("*/vendor"))
+def may_be_here(name: str, root: Path = Path("/")) -> bool:
+  """Whether tinygrad could find a device of this name: by its driver's file, on a bus, or on another machine. `root` is the folder of /dev and
+  /sys."""
+  if name not in SIGNS or sys.platform != "linux" or os.environ.get("REMOTE"): return True
+  def there(sign: str | tuple[str, str, set[str]]) -> bool:
+    if isinstance(sign, str): return (root/sign).exists()
+    folder, file, makers = sign
+    return any(maker.read_text().strip() in makers for maker in (root/folder).glob(f"*/{file}"))
+  try: return any(map(there, SIGNS[name]))
   except OSError: return True

@@ -2,9 +2,9 @@
 import contextlib, math
 from collections.abc import Callable, Iterator
 import numpy as np
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Tensor, dtypes
 from tinydet.nn import update_cpu
-from tinydet.nn.init import on_device
+from tinydet.nn.init import on_device, zeros
 from tinydet.nn.kernel_cpu import fits
 from tinydet.runtime.devices import to_host
 
@@ -65,11 +65,12 @@ class Optimizer:
     self.decay = {name: weight_decay if p.ndim > 1 else norm_weight_decay for name, p in params.items()}
     self.clip_norm, self.ema_decay, self.ema_tau = clip_norm, ema_decay, ema_tau
     self.nesterov, self.bias_rate, self.gain = nesterov, bias_rate, gain
-    self.steps = _zeros((1,))
-    self.first = {name: _zeros(p.shape) for name, p in params.items()}                                  # momentum, or the mean gradient
-    self.second = {name: _zeros(p.shape) for name, p in params.items()} if kind != "sgd" else {}        # the mean squared gradient
+    def fresh() -> dict[str, Tensor]: return dict(zip(params, zeros(p.shape for p in params.values())))
+    self.steps, = zeros([(1,)])
+    self.first = fresh()                               # momentum, or the mean gradient
+    self.second = fresh() if kind != "sgd" else {}     # the mean squared gradient
     self.ema = {name: _copy(p) for name, p in params.items()} if ema_decay else {}
-    self.sums = {name: _zeros(p.shape) for name, p in params.items()} if accumulate > 1 else {}
+    self.sums = fresh() if accumulate > 1 else {}
     self.slowed = Tensor(np.ones(1, np.float32)) if slows else None   # a tensor, as captured graphs read it
     self.idle: set[str] = set()   # names of parameters that the loss does not depend on
     # the factor, and how many finite updates it has seen
@@ -173,9 +174,6 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
   squares += [small[i].cat(*small[i + 1:i + 32]).square().sum().reshape(1).contiguous() for i in range(0, len(small), 32)]
   while len(squares) > 1: squares = [squares[i].cat(*squares[i + 1:i + 32]).sum().reshape(1).contiguous() for i in range(0, len(squares), 32)]
   return squares[0].sqrt()
-
-
-def _zeros(shape: tuple[int, ...]) -> Tensor: return on_device(np.zeros(shape, np.float32), Device.DEFAULT)
 
 
 def _copy(tensor: Tensor) -> Tensor: return on_device(to_host(tensor), "CPU") if tensor.device == "CPU" else tensor.clone()
