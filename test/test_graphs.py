@@ -12,7 +12,7 @@ from tinydet.cache import cache_folder
 from tinydet.nn.conv import conv2d
 from tinydet.nn.init import set_values
 from tinydet import parts
-from tinydet.runtime import compiling, graph_file, graph_key
+from tinydet.runtime import compiling, graph_file, graph_key, workspace
 from tinydet.runtime.graphs import jit, lock
 
 
@@ -286,3 +286,72 @@ def test_kernels_in_c_are_compiled_while_the_rest_is_scheduled(made, monkeypatch
   first, *rest = started
   assert len(made) == 1 and first and all(first < keys for keys in rest)
   assert first == {key for key in rest[-1] if compiling._cache[key].arg.name.startswith("conv")}
+
+
+@pytest.fixture
+def noted(monkeypatch) -> dict:
+  """What graphs took, by their kind, and no graph too small to have its memory made ready."""
+  sizes: dict = {}
+  monkeypatch.setattr(workspace, "_parts", (lambda table, kind: sizes.get(kind), lambda table, kind, size: sizes.__setitem__(kind, size)))
+  monkeypatch.setattr(workspace, "LEAST", 1)
+  monkeypatch.setattr(workspace, "PAGE", 1)
+  return sizes
+
+
+@pytest.fixture
+def touched(monkeypatch) -> list:
+  buffers, touch = [], workspace._touch
+  monkeypatch.setattr(workspace, "_touch", lambda buffer: buffers.append(buffer) or touch(buffer))
+  return buffers
+
+
+def workspaces(step) -> dict:
+  """The memory that the graphs of a `jit` share."""
+  return next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, dict)
+              and any(isinstance(key[0], str) for key in cell.cell_contents))
+
+
+def test_memory_is_made_ready_while_a_graph_is_traced(noted, touched):
+  first = run(trainer()[0])
+  (kind, size), = noted.items()
+  assert not touched and size > 0
+  step, *_ = trainer()
+  assert run(step) == first and workspaces(step)["CPU", 1] is touched[0] and touched[0].max_numel() == size and len(touched) == 1
+  for hint, fits in ((size - 1, False), (size + size // 4, True), (size * 2, False)):
+    touched.clear()
+    noted[kind] = hint
+    step, *_ = trainer()
+    assert run(step) == first and (workspaces(step)["CPU", 1] is touched[0]) == fits and noted[kind] == size
+  touched.clear()
+  with Context(CACHELEVEL=0): assert run(trainer()[0]) == first
+
+
+def test_what_fails_while_it_is_traced_leaves_no_memory_in_use(noted, touched):
+  run(trainer()[0])
+  size, = noted.values()
+  begun = threading.Event()
+  def fails(x: Tensor) -> Tensor:
+    begun.set()
+    raise ValueError("as it is traced")
+  fails.__module__, fails.__qualname__ = __name__, "trainer.<locals>.step"
+  step, *_ = trainer()
+  x = Tensor(np.ones((4, 8), np.float32)).realize()
+  with pytest.raises(ValueError, match="as it is traced"): jit(fails)(x)
+  assert begun.is_set()
+  for thread in threading.enumerate():
+    if thread.name == "touching memory": thread.join(5)
+  assert len(run(step)) == 3 and all(np.isfinite(run(step)))
+
+
+def test_memory_that_cannot_be_had_is_asked_for_again(noted, monkeypatch):
+  first = run(trainer()[0])
+  def refuse(self): raise MemoryError
+  buffers = []
+  def touch(buffer):
+    buffers.append(buffer)
+    with monkeypatch.context() as m:
+      m.setattr(type(buffer.buffer), "ensure_allocated", refuse)
+      _touch(buffer)
+  _touch = workspace._touch
+  monkeypatch.setattr(workspace, "_touch", touch)
+  assert run(trainer()[0]) == first and len(buffers) == 1

@@ -2,20 +2,19 @@
 
 tinygrad keeps compiled kernels, but finds out anew in every process which kernels a graph needs and how each is spelled: most of the time to a first
 step. Here the whole captured graph is kept, under a key of everything that it was made from."""
-import functools, os, threading, weakref
-from collections import Counter
+import functools, hashlib, os, threading, weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from tinygrad import Context, Tensor, TinyJit, UOp, getenv
-from tinygrad.dtype import DType
 from tinydet.cache import cache_folder
 from tinydet.nn.kernel_cpu import on_host
 from tinydet.runtime import compiling, graph_file, random
 from tinydet.runtime.cpu import use_all_cores
 from tinydet.runtime.fork import refuse_in_fork
 from tinydet.runtime.graph_key import graph_key
+from tinydet.runtime.workspace import Workspace
 from tinydet.parts import take
 
 # tinygrad's settings, what it is capturing and the memory of captured graphs are the process's, not a thread's: who holds this runs alone
@@ -59,7 +58,9 @@ def jit(function: Callable) -> Callable:
       if any(map(on_host, devices)): use_all_cores(*devices)   # whoever calls: a program that has asked for the device has them, a library's user too
       random.prepare(*devices)
       alive = _alive()
-      with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspaces)
+      kind = hashlib.sha256(repr((function.__module__, getattr(function, "__qualname__", ""), key, len(alive))).encode()).hexdigest()
+      workspace = Workspace(workspaces, kind, devices[0] if len(set(devices)) == 1 and on_host(devices[0]) else None)
+      with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspace)
       graphs[key], owners[:] = (graph, _used(alive, buffers)), [os.getpid()]
       return result
   return call
@@ -76,16 +77,10 @@ def _matrix_units(devices: list[str]) -> Context:
   return Context(TC_OPT=2) if _units and "TC_OPT" not in os.environ and not all(map(on_host, devices)) else Context()
 
 
-def _captured(function: Callable, tensors: tuple[Tensor, ...], workspaces: dict[tuple, UOp]) -> tuple[Any, TinyJit, set[UOp]]:
+def _captured(function: Callable, tensors: tuple[Tensor, ...], workspace: graph_file.Workspace) -> tuple[Any, TinyJit, set[UOp]]:
   """The result of the first call, its graph, and the buffers that it uses and does not make."""
   graph, buffers = TinyJit(function), set()
   if not _parts: return graph(*tensors), graph, buffers
-  count: Counter = Counter()   # a device has a workspace for kernels and one for copies
-  def workspace(device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
-    count[device] += 1
-    if (at := (device, count[device])) not in workspaces or workspaces[at].max_numel() < size:
-      workspaces[at] = UOp.new_buffer(device, size, dtype)
-    return workspaces[at]
   graph.cnt = 1
   fused: list[int] = []
   # tinygrad's capture schedules as the function goes; here it notes what is to be scheduled, and how, and asks for the whole at the end

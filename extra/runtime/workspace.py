@@ -1,0 +1,51 @@
+"""The memory in which captured graphs work, made ready while the graph is traced.
+
+A system gives memory page by page, when it is first touched; a gigabyte takes half a second so, in a virtual machine a whole one. Tracing leaves a
+core idle meanwhile. So as much is touched beside it as the last graph of its kind took."""
+import threading
+from collections import Counter
+import numpy as np
+from tinygrad import UOp, dtypes
+from tinygrad.dtype import DType
+from tinydet.parts import take
+
+LEAST = 64 << 20   # bytes that are worth it
+PAGE = 4096
+
+_parts = take("tinygrad.helpers:diskcache_get", "tinygrad.helpers:diskcache_put", "tinygrad:UOp.new_buffer",
+              instead="the memory of a captured graph is touched when it is first run")
+
+
+class Workspace:
+  """Called with a device, a number and a dtype: the buffer of as many that a graph works in. One for kernels and one for copies on each device, kept
+  in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is its one where that is a CPU, else None."""
+  def __init__(self, shared: dict[tuple, UOp], kind: str, device: str | None):
+    self.shared, self.kind, self.first, self.count = shared, kind, (device, 1), Counter()
+    self.size = _parts[0]("tinydet_memory", kind) if _parts and device else None   # in bytes, of the last graph of this kind
+    self.ready = None
+    if self.size is None or self.size < LEAST or self.first in shared: return
+    self.ready = UOp.new_buffer(device, self.size, dtypes.char)
+    self.touching = threading.Thread(target=_touch, args=(self.ready,), name="touching memory")
+    self.touching.start()
+
+  def __call__(self, device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
+    self.count[device] += 1
+    at = device, self.count[device]
+    if at not in self.shared or self.shared[at].max_numel() < size:
+      made = self._ready(size, dtype) if at == self.first else None
+      self.shared[at] = UOp.new_buffer(device, size, dtype) if made is None else made
+    return self.shared[at]
+
+  def _ready(self, size: int, dtype: DType) -> UOp | None:
+    """The memory that was touched, where it is not much more than is needed. What is needed is noted for the next graph."""
+    if _parts and dtype is dtypes.char and size != self.size: _parts[1]("tinydet_memory", self.kind, size)
+    ready, self.ready = self.ready, None
+    if ready is None: return None
+    self.touching.join()
+    return ready if dtype is dtypes.char and size <= ready.max_numel() <= size * 5 // 4 else None
+
+
+def _touch(buffer: UOp) -> None:
+  try: memory = buffer.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
+  except MemoryError: return
+  np.frombuffer(memory, np.uint8)[::PAGE] = 0
