@@ -18,7 +18,7 @@ _parts = take("tinygrad.helpers:diskcache_get", "tinygrad.helpers:diskcache_put"
 
 class Workspace:
   """Called with a device, a number and a dtype: the buffer of as many that a graph works in. One for kernels and one for copies on each device, kept
-  in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is its one where that is a CPU, else None."""
+  in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is the one that all is on, if it is a CPU."""
   def __init__(self, shared: dict[tuple, UOp], kind: str, device: str | None):
     self.shared, self.kind, self.first, self.count = shared, kind, (device, 1), Counter()
     self.size = _parts[0]("tinydet_memory", kind) if _parts and device else None   # in bytes, of the last graph of this kind
