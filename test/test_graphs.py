@@ -12,7 +12,7 @@ from tinydet.cache import cache_folder
 from tinydet.nn.conv import conv2d
 from tinydet.nn.init import set_values
 from tinydet import parts
-from tinydet.runtime import compiling, graph_file, graph_key, workspace
+from tinydet.runtime import compiling, graph_file, graph_key, graphs, workspace
 from tinydet.runtime.graphs import jit, lock
 
 
@@ -354,3 +354,16 @@ def test_memory_that_cannot_be_had_is_asked_for_again(noted, monkeypatch):
   _touch = workspace._touch
   monkeypatch.setattr(workspace, "_touch", touch)
   assert run(trainer()[0]) == first and len(buffers) == 1
+
+
+def test_compiling_processes_begin_with_a_graph_of_a_new_kind(noted, monkeypatch):
+  """A graph that comes from the cache needs none."""
+  asked: list = []
+  monkeypatch.setattr(graphs, "workers", lambda: asked.append(1))
+  run(trainer()[0])
+  assert len(asked) == 1
+  run(trainer()[0])
+  assert len(asked) == 1
+  noted.clear()
+  run(trainer()[0])
+  assert len(asked) == 2

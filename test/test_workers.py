@@ -129,7 +129,7 @@ def test_where_no_process_can_be_started_the_program_compiles():
   program = ("from unittest.mock import patch\nfrom tinydet.runtime import workers\nimport errno\n"
              "def refuse(*_, **__): raise OSError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
              "from tinydet.runtime.device import require_device\nfrom tinygrad import Tensor\n"
-             "with patch.object(workers, '_begin', refuse): require_device()\n"
+             "require_device()\nwith patch.object(workers, '_begin', refuse):\n  "
              "Tensor.realize(*[Tensor.ones(i, 9).contiguous().realize().sum() for i in range(2, 6)])\nprint('done')")
   environ = os.environ | {"DEV": "CPU", "CACHELEVEL": "0"}
   done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 from tinydet.cache import belongs_to_user
 from tinydet.errors import UserError
-from tinydet.runtime import clang, workers
+from tinydet.runtime import clang
 from tinydet.parts import note, take
 
 
@@ -29,7 +29,6 @@ def require_device() -> str:
     if not compiles: raise UserError(clangless)
     from tinydet.runtime.cpu import use_all_cores
     use_all_cores()
-  workers.workers()
   return name
 
 

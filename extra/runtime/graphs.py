@@ -14,6 +14,7 @@ from tinydet.runtime import compiling, graph_file, random
 from tinydet.runtime.cpu import use_all_cores
 from tinydet.runtime.fork import refuse_in_fork
 from tinydet.runtime.graph_key import graph_key
+from tinydet.runtime.workers import workers
 from tinydet.runtime.workspace import Workspace
 from tinydet.parts import take
 
@@ -60,6 +61,7 @@ def jit(function: Callable) -> Callable:
       alive = _alive()
       kind = hashlib.sha256(repr((function.__module__, getattr(function, "__qualname__", ""), key, len(alive))).encode()).hexdigest()
       workspace = Workspace(workspaces, kind, devices[0] if len(set(devices)) == 1 and on_host(devices[0]) else None)
+      if workspace.size is None: workers()   # most likely there is much to compile: they are ready when it is traced
       with _matrix_units(devices): result, graph, buffers = _captured(function, tensors, workspace)
       graphs[key], owners[:] = (graph, _used(alive, buffers)), [os.getpid()]
       return result

@@ -18,29 +18,29 @@ _parts = take("tinygrad.helpers:diskcache_get", "tinygrad.helpers:diskcache_put"
 
 class Workspace:
   """Called with a device, a number and a dtype: the buffer of as many that a graph works in. One for kernels and one for copies on each device, kept
-  in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is the one that all is on, if it is a CPU."""
+  in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is its one, if that is a CPU."""
   def __init__(self, shared: dict[tuple, UOp], kind: str, device: str | None):
-    self.shared, self.kind, self.first, self.count = shared, kind, (device, 1), Counter()
-    self.size = _parts[0]("tinydet_memory", kind) if _parts and device else None   # in bytes, of the last graph of this kind
+    self.shared, self.kind, self.count = shared, kind, Counter()
+    self.size = _parts[0]("tinydet_memory", kind) if _parts else None   # in bytes, of the last graph of this kind; None where none was noted
     self.ready = None
-    if self.size is None or self.size < LEAST or self.first in shared: return
+    if device is None or self.size is None or self.size < LEAST or (device, 1) in shared: return
     self.ready = UOp.new_buffer(device, self.size, dtypes.char)
     self.touching = threading.Thread(target=_touch, args=(self.ready,), name="touching memory")
     self.touching.start()
 
   def __call__(self, device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
     self.count[device] += 1
-    at = device, self.count[device]
+    at, first = (device, self.count[device]), self.count.total() == 1
+    if first and _parts and size != self.size: _parts[1]("tinydet_memory", self.kind, size)
     if at not in self.shared or self.shared[at].max_numel() < size:
-      made = self._ready(size, dtype) if at == self.first else None
-      self.shared[at] = UOp.new_buffer(device, size, dtype) if made is None else made
+      touched = self._touched(size, dtype) if first else None
+      self.shared[at] = UOp.new_buffer(device, size, dtype) if touched is None else touched
     return self.shared[at]
 
-  def _ready(self, size: int, dtype: DType) -> UOp | None:
-    """The memory that was touched, where it is not much more than is needed. What is needed is noted for the next graph."""
-    if _parts and dtype is dtypes.char and size != self.size: _parts[1]("tinydet_memory", self.kind, size)
-    ready, self.ready = self.ready, None
-    if ready is None: return None
+  def _touched(self, size: int, dtype: DType) -> UOp | None:
+    """The memory that was made ready, if there is any and it is not much more than is needed."""
+    if (ready := self.ready) is None: return None
+    self.ready = None
     self.touching.join()
     return ready if dtype is dtypes.char and size <= ready.max_numel() <= size * 5 // 4 else None
 
