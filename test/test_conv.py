@@ -6,7 +6,7 @@ from tinygrad.device import TinyELF
 from tinygrad.engine import realize
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
-from tinydet.nn import conv, conv_cpu, kernel_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
+from tinydet.nn import conv, conv_cpu, kernel_cpu, pointwise_cpu, strided_gradient_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.conv import conv2d
 from tinydet.nn.layers import Conv2d
 from tinydet.runtime.graphs import jit
@@ -139,13 +139,12 @@ def run_alone(name, source, cores, size, scratch, arrays):
 @pytest.mark.parametrize(("kind", "case"), [("winograd", (3, 33, 40, 17, 10, 3, 1, 1, 1)), ("pointwise", (3, 21, 40, 13, 11, 1, 1, 0, 1)),
                                             ("plain", (3, 5, 40, 13, 11, 3, 2, 1, 1))], ids=lambda value: value if isinstance(value, str) else "")
 def test_every_way_that_beam_may_choose(kind, case, wide, monkeypatch):
-  for module in (conv_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu, kernel_cpu):
+  for module in (conv_cpu, pointwise_cpu, strided_gradient_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu, kernel_cpu):
     monkeypatch.setattr(module, "parts_of", lambda products: 3)
   batch, cin, cout, height, width, k, stride, padding, _ = case
   x, w, bias, r, out, back = draw(case)
   of_x, of_w, _ = back(r)
-  shape, numbers = (height, width), height * width
-  plane = out.shape[2] * out.shape[3]
+  shape, numbers, strides = (height, width), height * width, (batch, 1, w.shape, (height, width), stride, padding)
   def plain(*rows):
     code = kernel_cpu.WITH_BIAS + kernel_cpu.LINEAR
     return conv_cpu._convolve("conv", code, rows, batch, 1, (cin, cout), shape, (k, k), stride, padding)
@@ -155,12 +154,50 @@ def test_every_way_that_beam_may_choose(kind, case, wide, monkeypatch):
                  (winograd_gradient_cpu, lambda *rows: winograd_gradient_cpu.weight_gradient(*rows, batch, cin, cout, shape, padding), (x, r), of_w)],
     "pointwise": [(pointwise_cpu, lambda *rows: pointwise_cpu.correlate("conv", *rows, batch, cin, cout, numbers), (x, w, bias), out)],
     "plain": [(conv_cpu, plain, (x, w, bias), out),
-              (weight_gradient_cpu, lambda *rows: weight_gradient_cpu.weight_gradient(
-                *rows, batch, 1, w.shape, shape, stride, padding, (plane, 0, out.shape[3])), (x, r), of_w)]}[kind]
+              (weight_gradient_cpu, lambda *rows: weight_gradient_cpu.weight_gradient(*rows, *strides), (x, r), of_w),
+              (strided_gradient_cpu, lambda *rows: strided_gradient_cpu.input_gradient(*rows, *strides), (r, w), of_x)]}[kind]
   for module, make, arrays, expected in kernels:
     found = list(alone(monkeypatch, module, 3, wide, make, *arrays))
     assert len(found) > 2
     for one in found: np.testing.assert_allclose(one.reshape(expected.shape), expected, rtol=1e-6, atol=1e-5 * expected.std())
+
+
+# strides larger than the kernel and smaller, with and without padding, pixels that no window reaches, groups, fewer channels than a tile has, one row
+STRIDED = [(2, 5, 40, 13, 11, 3, 2, 1, 1), (3, 24, 33, 20, 40, 3, 2, 1, 1), (1, 30, 7, 9, 14, 1, 2, 0, 1), (2, 12, 18, 12, 9, 5, 3, 4, 3),
+           (1, 3, 20, 31, 33, 7, 2, 3, 1), (2, 6, 6, 10, 7, 2, 4, 0, 1), (1, 40, 12, 3, 5, 3, 2, 2, 1), (4, 9, 10, 1, 8, 1, 3, 0, 1),
+           (1, 8, 8, 17, 6, 3, 1, 1, 2), (2, 25, 5, 8, 8, 2, 2, 0, 1), (1, 2, 3, 4, 4, 4, 3, 3, 1)]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+@pytest.mark.parametrize("cores", [1, 3, 8])
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_gradients_of_inputs_behind_strides(case, cores, wide, monkeypatch):
+  for module in (strided_gradient_cpu, kernel_cpu): monkeypatch.setattr(module, "parts_of", lambda products: cores)
+  batch, *_, height, width, _, stride, padding, groups = case
+  _, w, _, r, _, back = draw(case)
+  def make(*rows): return strided_gradient_cpu.input_gradient(*rows, batch, groups, w.shape, (height, width), stride, padding)
+  of_x = back(r)[0]
+  check_alone(of_x, 2e-5 * max(1, of_x.std()), monkeypatch, strided_gradient_cpu, cores, wide, make, r, w)
+
+
+def test_a_kernel_that_is_not_square():
+  """With a stride and without, against torch's definition in float64."""
+  rng = np.random.default_rng(5)
+  for kernel, stride in (((1, 3), 1), ((3, 1), 2), ((2, 5), 3)):
+    padding = min(kernel) - 1
+    x, w = (rng.standard_normal(shape) for shape in ((2, 4, 9, 11), (6, 4, *kernel)))
+    padded = np.pad(x, ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, (2, 3))[:, :, ::stride, ::stride]
+    r = rng.standard_normal((2, 6, *windows.shape[2:4]))
+    of_x = np.zeros_like(padded)
+    for p, q in np.ndindex(*kernel):
+      of_x[:, :, p:p + stride * r.shape[2]:stride, q:q + stride * r.shape[3]:stride] += np.einsum("bohw,oc->bchw", r, w[:, :, p, q])
+    expected = (np.einsum("bchwpq,ocpq->bohw", windows, w), of_x[:, :, padding:padding + 9, padding:padding + 11],
+                np.einsum("bchwpq,bohw->ocpq", windows, r))
+    tensors = [Tensor(a.astype(np.float32)) for a in (x, w)]
+    out = conv2d(*tensors, None, stride, padding)
+    for a, b in zip((out, *(out * Tensor(r.astype(np.float32))).sum().gradient(*tensors)), expected):
+      np.testing.assert_allclose(a.numpy(), b, rtol=1e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])

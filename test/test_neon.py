@@ -3,8 +3,8 @@ whose numbers the tests of each hold against float64."""
 import platform, shutil, subprocess, sys
 import numpy as np, pytest
 from tinygrad import Tensor, dtypes
-from tinydet.nn import (conv_cpu, depthwise_cpu, kernel_cpu, norm_cpu, pointwise_cpu, update_cpu, weight_gradient_cpu, winograd_cpu,
-                        winograd_gradient_cpu)
+from tinydet.nn import (conv_cpu, depthwise_cpu, kernel_cpu, norm_cpu, pointwise_cpu, strided_gradient_cpu, update_cpu, weight_gradient_cpu,
+                        winograd_cpu, winograd_gradient_cpu)
 from tinydet.nn.conv import conv2d
 from tinydet.training import optim
 from test_conv import CASES, DEPTHWISE, PIECES, POINTWISE, WINOGRAD
@@ -12,7 +12,8 @@ from test_conv import CASES, DEPTHWISE, PIECES, POINTWISE, WINOGRAD
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 pytestmark = [pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (Debian's qemu-user-static)"),
               pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="compares with an x86 processor's kernels")]
-MODULES = (conv_cpu, depthwise_cpu, norm_cpu, pointwise_cpu, update_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu)
+MODULES = (conv_cpu, depthwise_cpu, norm_cpu, pointwise_cpu, strided_gradient_cpu, update_cpu, weight_gradient_cpu, winograd_cpu,
+           winograd_gradient_cpu)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ same step ahead for each, so a tap of the kernel is a constant step, and all col
 window reaches over the end of a row is left out; in gradients it meets zeros."""
 import functools, math
 from tinygrad import Tensor, UOp
-from tinydet.nn import depthwise_cpu, pointwise_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
-from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, c_kernel, divide, parts_of, run, shards
+from tinydet.nn import depthwise_cpu, pointwise_cpu, strided_gradient_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
+from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, bands, c_kernel, divide, parts_of, run, shards, with_taps
 
-# Sums of DOWN output channels, PLANE numbers apart for each of PHASES, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
+# Sums of DOWN output channels, PLANE numbers apart, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
 # to `end`: x the step from the place of the output, w the place in the weight.
 TILE = """
 enum { VECTORS = WHOLE(COUNT, LANES), FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
@@ -36,34 +36,34 @@ static inline void tile(float *restrict to, const float *restrict in, const floa
   }
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++) sum[d][v] = ACTIVATED(sum[d][v]);
   if (WIDTH == PITCH) UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int v = 0; v < ACROSS; v++)
-    *(vector *)(to + (long)d * PHASES * PLANE + at[v]) = sum[d][v];
+    *(vector *)(to + (long)d * PLANE + at[v]) = sum[d][v];
   else UNROLLED (int v = 0; v < ACROSS; v++) {
     long row = at[v] / PITCH, column = at[v] % PITCH;
     if (column + LANES <= WIDTH) UNROLLED (int d = 0; d < DOWN; d++)   // most lie in one row
-      *(vector *)(to + (long)d * PHASES * PLANE + row * WIDTH + column) = sum[d][v];
+      *(vector *)(to + (long)d * PLANE + row * WIDTH + column) = sum[d][v];
     else for (int l = 0; l < LANES; l++) {
-      if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PHASES * PLANE + row * WIDTH + column] = sum[d][v][l];
+      if (column < WIDTH) UNROLLED (int d = 0; d < DOWN; d++) to[(long)d * PLANE + row * WIDTH + column] = sum[d][v][l];
       if (++column == PITCH) { column = 0; row++; }
     }
   }
 }
 """
 
-# Output [BATCH, GROUPS*OUT, PHASES, PLANE], of which PHASES have each its own taps, those from `first[phase]` on, from pictures that are padded
-CORRELATE = TILE + """
+# Output [BATCH, GROUPS*OUT, PLANE] by one tap from pictures as they are
+POINTWISE = TILE + """
 void NAME(float *restrict out, const float *restrict x, const float *restrict weight BIAS_PARAMETER, int core) {
-  const long items = (long)BATCH * TILES * PHASES * GROUPS * BLOCKS;
+  const long items = (long)BATCH * TILES * GROUPS * BLOCKS;
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
-    const int block = item % BLOCKS, group = item / BLOCKS % GROUPS, phase = item / BLOCKS / GROUPS % PHASES;
-    const long n = item / BLOCKS / GROUPS / PHASES % TILES, b = item / BLOCKS / GROUPS / PHASES / TILES, o = LEAST(block * DOWN, OUT - DOWN);
-    tile(out + (((b * GROUPS + group) * OUT + o) * PHASES + phase) * PLANE, x + (b * GROUPS + group) * IN * X_PLANE,
-         weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES, first[phase], first[phase + 1] BIAS_FROM(group * OUT + o));
+    const int block = item % BLOCKS, group = item / BLOCKS % GROUPS;
+    const long n = item / BLOCKS / GROUPS % TILES, b = item / BLOCKS / GROUPS / TILES, o = LEAST(block * DOWN, OUT - DOWN);
+    tile(out + ((b * GROUPS + group) * OUT + o) * PLANE, x + (b * GROUPS + group) * IN * X_PLANE, weight + (long)group * OUT * IN * TAPS + o * W_OUT,
+         n * ACROSS * LANES, 0, TAPS BIAS_FROM(group * OUT + o));
   }
 }
 """
 
-# The same from pictures [BATCH, GROUPS*IN, HEIGHT, COLUMNS] as they are, of which BAND rows of the output at a time find theirs in `scratch`, sorted
-# into PHASE_ROWS x PHASE_COLUMNS phases of the stride and with zeros around; a SPLITS-th of the output channels each.
+# The same by several taps from pictures [BATCH, GROUPS*IN, HEIGHT, COLUMNS], of which BAND rows of the output at a time find theirs in `scratch`,
+# sorted into PHASE_ROWS x PHASE_COLUMNS phases of the stride and with zeros around; a SPLITS-th of the output channels each.
 CONVOLVE = TILE + """
 enum { OUT_H = PLANE / WIDTH, BANDS = WHOLE(OUT_H, BAND) };
 """ + LAY_OUT + """
@@ -83,28 +83,6 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
 }
 """
 
-BAND_MOST = 96 << 10   # numbers of a picture that are laid out at a time: they are to stay in a core's own cache
-
-Taps = list[list[tuple[int, int]]]   # of each phase: (step in the input, place in the weight)
-
-
-def _way(code: str, taps: Taps, sizes: dict[str, int], scratch: int = 0) -> Way:
-  """`code` behind the tables that it reads its taps from."""
-  starts = [sum(map(len, taps[:phase])) for phase in range(len(taps) + 1)]
-  tables = f"static const struct {{ int x, w; }} taps[] = {{ {', '.join(f'{{{x}, {w}}}' for phase in taps for x, w in phase)} }};\n"
-  tables += f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n"
-  return tables + code, {"PHASES": len(taps), **sizes}, scratch
-
-
-def _bands(pictures: int, rows: int, over: int, row: int, products: int, cores: int) -> list[tuple[int, int]]:
-  """Rows of the output and parts of the channels that a part of the work takes, of so many `pictures` of `rows`, each of which is laid out in `row`
-  numbers and takes `products` multiplications: first those of which the last core to be ready is ready first."""
-  def cost(band: int, splits: int) -> float:
-    # sixteen multiplications, or four numbers laid out, in a cycle
-    return -(-pictures * -(-rows // band) * splits // cores) * (band * products / splits / 16 + (band + over) * row / 4 + 1000)
-  bands = [band for band in range(1, rows + 1) if band == 1 or (band + over) * row <= BAND_MOST]
-  return sorted(((band, splits) for band in bands for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
-
 
 def _convolve(name: str, code: str, tensors: tuple[Tensor, ...], batch: int, groups: int, channels: tuple[int, int], size: tuple[int, int],
               kernel: tuple[int, int], stride: int, padding: int, gradient: bool = False) -> Tensor:
@@ -123,18 +101,18 @@ def _convolve(name: str, code: str, tensors: tuple[Tensor, ...], batch: int, gro
               for p in range(kernel[0]) for q in range(kernel[1])]
     if gradient: places = [(x, taps - 1 - w) for x, w in places]
     x_plane = math.prod(phases) * high * pitch
-    return _way(code, [places], {
+    return with_taps(code, [places]), {
       "BATCH": batch, "GROUPS": groups, "TAPS": taps, "PITCH": pitch, "COUNT": (band - 1) * pitch + out_size[1], "IN": ins, "OUT": outs,
       "X_PLANE": x_plane, "PLANE": math.prod(out_size), "WIDTH": out_size[1], "W_OUT": taps if gradient else ins * taps,
       "W_IN": outs * taps if gradient else taps, "BAND": band, "SPLITS": splits, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride,
-      "PADDING": padding, "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": high}, ins * x_plane)
+      "PADDING": padding, "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": high}, ins * x_plane
 
   if kernel == (1, 1) and stride == 1 and not padding:   # the picture is taken as it is
-    code, sizes, _ = way(out_size[0], 1, out_size[0], code + CORRELATE)
+    code, sizes, _ = way(out_size[0], 1, out_size[0], code + POINTWISE)
     return c_kernel(name, code, *amount, tensors, sizes)
   each = ins * math.prod(phases) * pitch
-  bands = _bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
-  first, *others = (functools.partial(way, band, splits, band + over[0], code + CONVOLVE) for band, splits in bands[:WAYS])
+  plans = bands(batch * groups, out_size[0], over[0], each, products // (batch * groups * out_size[0]), parts_of(products))
+  first, *others = (functools.partial(way, band, splits, band + over[0], code + CONVOLVE) for band, splits in plans[:WAYS])
   code, sizes, scratch = first()
   return c_kernel(name, code, *amount, tensors, sizes, scratch, lambda: [other() for other in others])
 
@@ -150,10 +128,6 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
   batch = pictures // (devices := shards(x))
   size, kernel, outs = tuple(size), tuple(kernel), out_channels // groups
   out_size = tuple((side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel))
-  over = [(k - 1) // stride for k in kernel]
-  rows, pitch = (side + o for side, o in zip(out_size, over))
-  phases = [min(k, stride) for k in kernel]
-  products = batch * out_channels * math.prod(out_size) * per_group * math.prod(kernel)
   fast, fast_gradient = (kernel == (3, 3) and stride == groups == 1 and way.pays(batch, channels, out_channels, out_size)
                          for way in (winograd_cpu, winograd_gradient_cpu))
   plain = kernel == (1, 1) and stride == groups == 1 and not padding and pointwise_cpu.pays(batch, math.prod(size), channels, out_channels)
@@ -167,38 +141,20 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return _convolve("conv", code, tensors, batch, groups, (per_group, outs), size, kernel, stride, padding)
 
-  # Of a convolution in strides the gradient is padded to the pitch of the input; of that of the input only what is not padding is computed, where it
-  # lies in one piece.
-  padded = not depthwise and (stride > 1 or kernel[0] != kernel[1])
-  inside = padding if stride == 1 else 0
-  top = over[0] - inside + (over[1] > inside)
-  in_rows, in_columns = rows - 2 * inside, pitch - 2 * inside
-  g_rows = top + in_rows + inside
-  place = (g_rows * pitch, top * pitch, pitch) if padded else (math.prod(out_size), 0, out_size[1])
-
   def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if fast: return winograd_cpu.correlate(grad, weight, None, batch, out_channels, channels, out_size, 2 - padding, turned=True,
                                            name="conv_input_gradient")
     if plain:
       return pointwise_cpu.correlate("conv_input_gradient", grad, weight, None, batch, out_channels, channels, math.prod(out_size), turned=True)
     if depthwise: return depthwise_cpu.input_gradient(grad, weight, *depthwise)
-    if not padded:
-      return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
-                       kernel[0] - 1 - padding, gradient=True)
-    places = [(p, q, p * kernel[1] + q) for p in range(kernel[0]) for q in range(kernel[1])]
-    taps = [[((top + inside - p // stride) * pitch + inside - q // stride, w) for p, q, w in places if (p % stride, q % stride) == (a, b)]
-            for a in range(phases[0]) for b in range(phases[1])]
-    sizes = {"BATCH": batch, "GROUPS": groups, "TAPS": len(places), "PITCH": pitch, "COUNT": (in_rows - 1) * pitch + in_columns,
-             "IN": outs, "OUT": per_group, "X_PLANE": g_rows * pitch, "PLANE": in_rows * in_columns, "WIDTH": in_columns,
-             "W_OUT": len(places), "W_IN": per_group * len(places)}
-    size = batch * channels * len(taps) * in_rows * in_columns
-    code, sizes, _ = _way(WITHOUT_BIAS + LINEAR + CORRELATE, taps, sizes)
-    return c_kernel("conv_input_gradient", code, size, products, (grad, weight), sizes)
+    if stride > 1 or kernel[0] != kernel[1]: return strided_gradient_cpu.input_gradient(grad, weight, batch, groups, shape, size, stride, padding)
+    return _convolve("conv_input_gradient", WITHOUT_BIAS + LINEAR, (grad, weight), batch, groups, (outs, per_group), out_size, kernel, 1,
+                     kernel[0] - 1 - padding, gradient=True)
 
   def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     if fast_gradient: return winograd_gradient_cpu.weight_gradient(x, grad, batch, channels, out_channels, size, padding)
     if depthwise: return depthwise_cpu.weight_gradient(x, grad, *depthwise)
-    return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, shape, size, stride, padding, place)
+    return weight_gradient_cpu.weight_gradient(x, grad, batch, groups, shape, size, stride, padding)
 
   def gradient(grad: UOp, call: UOp) -> tuple[UOp, ...]:
     x, flat_weight, *flat_bias = (Tensor(u) for u in call.src[1:3 + biased])
@@ -206,18 +162,10 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding:
     if silu:
       before = run(("conv", *what, False), functools.partial(forward, silu=False), x, flat_weight, *flat_bias)
       g = g * (s := before.sigmoid()) * (1 + before * (1 - s))
-    g = divide(g.reshape(pictures, out_channels, *out_size), devices)
-    if padded: g = g.pad(((0, 0), (0, 0), (top, g_rows - top - out_size[0]), (0, over[1])))
-    g = g.reshape(-1).contiguous()
+    g = divide(g.reshape(pictures, out_channels, *out_size), devices).reshape(-1).contiguous()
     of_x = run(("conv_input_gradient", *what), input_gradient, g, flat_weight)
     of_weight = run(("conv_weight_gradient", *what), weight_gradient, x, g)
     if devices > 1: of_weight = of_weight.reshape(devices, -1).sum(0)
-    if padded:   # the phases of the stride are woven together
-      of_x = of_x.reshape(pictures, channels, *phases, in_rows, in_columns).pad(((0, 0),) * 4 + ((inside, inside),) * 2)
-      of_x = of_x.pad((None, None, (0, stride - phases[0]), (0, stride - phases[1]), None, None)).permute(0, 1, 4, 2, 5, 3)
-      of_x = of_x.reshape(pictures, channels, rows * stride, pitch * stride)
-      of_x = of_x.pad((None, None, *((0, max(0, padding + side - length * stride)) for side, length in zip(size, (rows, pitch)))))
-      of_x = of_x.shrink((None, None, *((padding, padding + side) for side in size))).reshape(-1)
     return of_x.uop, of_weight.uop, *([g.reshape(pictures, out_channels, -1).sum((0, 2)).uop] if biased else [])
 
   made = run(("conv", *what, silu), forward, x, weight, *([] if bias is None else [bias]), gradient=gradient)

@@ -14,6 +14,7 @@ if _parts: AddrSpace, NUM_CPU_THREADS, BEAM, Estimates, ClangRenderer, KernelInf
 
 LEAST_WORK = 128 << 10   # products that are worth another core: tinygrad's own measure
 WAYS = 8                 # of the likeliest plans to divide a kernel's work, how many BEAM is to choose from
+BAND_MOST = 96 << 10     # numbers of a picture that are laid out at a time: they are to stay in a core's own cache
 MOST_TRACED = 4096       # functions that are kept, of a few kilobytes each
 _traced: dict[tuple, UOp] = {}   # what `run` has made a function of, by all that it depends on
 Way = tuple[str, dict[str, int], int]   # code of a kernel, its sizes, and the memory that it works in
@@ -131,6 +132,23 @@ def parts_of(products: int) -> int:
 def searched() -> int:
   """How far BEAM is to search for the fastest of several ways; 0 where it is not."""
   return getenv("JITBEAM", BEAM.value) if _parts else 0
+
+
+def with_taps(code: str, taps: list[list[tuple[int, int]]]) -> str:
+  """`code` behind the tables that it reads its taps from: of each phase some, each (step in the input, place in the weight)."""
+  starts = [sum(map(len, taps[:phase])) for phase in range(len(taps) + 1)]
+  tables = f"static const struct {{ int x, w; }} taps[] = {{ {', '.join(f'{{{x}, {w}}}' for phase in taps for x, w in phase)} }};\n"
+  return tables + f"static const int first[] = {{ {', '.join(map(str, starts))} }};\n" + code
+
+
+def bands(pictures: int, rows: int, over: int, row: int, products: int, cores: int) -> list[tuple[int, int]]:
+  """Rows of the output and parts of the channels that a part of the work takes, of so many `pictures` of `rows`, each of which is laid out in `row`
+  numbers and takes `products` multiplications: first those of which the last core to be ready is ready first."""
+  def cost(band: int, splits: int) -> float:
+    # sixteen multiplications, or four numbers laid out, in a cycle
+    return -(-pictures * -(-rows // band) * splits // cores) * (band * products / splits / 16 + (band + over) * row / 4 + 1000)
+  likely = [band for band in range(1, rows + 1) if band == 1 or (band + over) * row <= BAND_MOST]
+  return sorted(((band, splits) for band in likely for splits in (1, 2, 4)), key=lambda choice: cost(*choice))
 
 
 def spelled(name: str, code: str, cores: int, sizes: dict[str, int]) -> str:

@@ -24,12 +24,12 @@ APART void turn(float *restrict to, long to_step, const float *restrict from, lo
 
 # Gradient [GROUPS*OUT, IN, KERNEL_ROWS, TAPS_A_ROW] of the weight. A tile of sums has ACROSS vectors of output channels, and the taps of one row of
 # the kernel of DEEP input channels; `sums` holds all tiles of a core's share: an OUT_SPLITS-th of the output and an IN_SPLITS-th of the input
-# channels. The gradient lies in planes of G_PLANE numbers, in which it begins at G_START, with a row each G_PITCH.
+# channels.
 WEIGHT_GRADIENT = """
 #define AT_LEAST_1(a) ((a) < 1 ? 1 : (a))
 enum { VECTORS = WHOLE(OUT, LANES), SHARE = LEAST(ACROSS_MOST, WHOLE(VECTORS, OUT_SPLITS)), ACROSS = LEAST(SHARE, AT_LEAST_1(SUMS / TAPS_A_ROW)),
        CHUNKS = WHOLE(VECTORS, ACROSS), DEEP = LEAST(IN, AT_LEAST_1(SUMS / ACROSS / TAPS_A_ROW)), DOWN = DEEP * TAPS_A_ROW, BLOCKS = WHOLE(IN, DEEP),
-       STEP = ACROSS * LANES, TAPS = KERNEL_ROWS * TAPS_A_ROW };
+       STEP = ACROSS * LANES, TAPS = KERNEL_ROWS * TAPS_A_ROW, G_PLANE = OUT_H * WIDTH };
 
 // `numbers` of LANES planes, pixel by pixel
 APART void pack(float *restrict to, const float *restrict from, int numbers) {
@@ -41,8 +41,8 @@ APART void multiply(float *restrict sums, const float *restrict g, const float *
                             int first) {
   vector sum[DOWN][ACROSS];
   UNROLLED (int d = 0; d < DOWN; d++) UNROLLED (int a = 0; a < ACROSS; a++) sum[d][a] = (vector){0};
-  for (int n = 0; n < pictures; n++, x += x_picture, g += BAND * G_PITCH * STEP) for (int r = 0; r < rows; r++) {
-    const float *from = x + r * PITCH, *by = g + r * G_PITCH * STEP;
+  for (int n = 0; n < pictures; n++, x += x_picture, g += BAND * WIDTH * STEP) for (int r = 0; r < rows; r++) {
+    const float *from = x + r * PITCH, *by = g + r * WIDTH * STEP;
     for (int c = 0; c < WIDTH; c++, from++, by += STEP) {
       vector v[ACROSS];
       UNROLLED (int a = 0; a < ACROSS; a++) v[a] = *(const vector *)(by + a * LANES);
@@ -55,7 +55,7 @@ APART void multiply(float *restrict sums, const float *restrict g, const float *
 }
 
 void NAME(float *restrict out, float *restrict scratch, const float *restrict x, const float *restrict gradient, int core) {
-  float *g = scratch + (long)core * SCRATCH, *laid = g + PICTURES * BAND * G_PITCH * STEP, *sums = laid + (PLAIN ? 0 : (long)PICTURES * IN * X_PLANE);
+  float *g = scratch + (long)core * SCRATCH, *laid = g + PICTURES * BAND * WIDTH * STEP, *sums = laid + (PLAIN ? 0 : (long)PICTURES * IN * X_PLANE);
   const long items = (long)GROUPS * OUT_SPLITS * IN_SPLITS;
   for (long item = items * core / CORES; item < items * (core + 1) / CORES; item++) {
     const long part = item % IN_SPLITS, share = item / IN_SPLITS % OUT_SPLITS, group = item / IN_SPLITS / OUT_SPLITS;
@@ -75,8 +75,8 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
       for (long k = 0; k < chunks; k++) {
         for (int n = 0; n < pictures; n++) for (int a = 0; a < ACROSS; a++) {
           const long o = LEAST((LEAST((chunk + k) * ACROSS, VECTORS - ACROSS) + a) * LANES, OUT - LANES);
-          pack(g + n * BAND * G_PITCH * STEP + a * LANES, gradient + (((b + n) * GROUPS + group) * OUT + o) * G_PLANE + G_START + top * G_PITCH,
-               (rows - 1) * G_PITCH + WIDTH);
+          pack(g + n * BAND * WIDTH * STEP + a * LANES, gradient + (((b + n) * GROUPS + group) * OUT + o) * G_PLANE + top * WIDTH,
+               rows * WIDTH);
         }
         for (long i = 0; i < blocks; i++) for (int r = 0; r < KERNEL_ROWS; r++)
           multiply(sums + ((k * blocks + i) * KERNEL_ROWS + r) * DOWN * STEP, g,
@@ -119,13 +119,12 @@ def turning(lanes: int) -> str:
   return "#if defined(__AVX512F__)\n{}#elif defined(__AVX__)\n{}#else\n{}#endif\n".format(*(_exchanges(min(lanes, n)) for n in (16, 8, 4)))
 
 
-def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tuple[int, ...], size: tuple[int, int], stride: int, padding: int,
-                    place: tuple[int, int, int]) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tuple[int, ...], size: tuple[int, int], stride: int,
+                    padding: int) -> Tensor:
   """Gradient of a weight of `shape` [Cout,Cin/groups,KH,KW] as one row, from as such rows x [batch,Cin,H,W], with H, W of `size`, and the gradient of
-  the output. `place`: the numbers of the gradient's planes, the first of the picture and those from row to row."""
+  the output."""
   out_channels, per_group, *kernel = shape
   out_height, width = ((side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel))
-  plane, start, gradient_pitch = place
   pitch = width + (kernel[1] - 1) // stride
   products = batch * out_height * width * math.prod(shape)
   cores = parts_of(products)
@@ -142,13 +141,13 @@ def weight_gradient(x: Tensor, grad: Tensor, batch: int, groups: int, shape: tup
     pictures = min(batch, max(1, piece // (band * width))) if band == out_height else 1
     rows = band + (kernel[0] - 1) // stride
     x_plane = math.prod(size) if plain else math.prod(phases) * rows * pitch
-    scratch = pictures * band * gradient_pitch * 64 + (0 if plain else pictures * per_group * x_plane) \
+    scratch = pictures * band * width * 64 + (0 if plain else pictures * per_group * x_plane) \
       + (outs // out_splits + 160) * (per_group // in_splits + 48) * kernel[0] * kernel[1]
     return code, {
       "COUNT": outs, "BATCH": batch, "GROUPS": groups, "IN": per_group, "OUT": outs, "HEIGHT": size[0], "COLUMNS": size[1], "STRIDE": stride,
       "PADDING": padding, "KERNEL_ROWS": kernel[0], "TAPS_A_ROW": kernel[1], "PHASE_ROWS": phases[0], "PHASE_COLUMNS": phases[1], "ROWS": rows,
       "PITCH": pitch, "OUT_H": out_height, "WIDTH": width, "BAND": band, "PICTURES": pictures, "PLAIN": int(plain), "X_PLANE": x_plane,
-      "G_PLANE": plane, "G_START": start, "G_PITCH": gradient_pitch, "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}, scratch
+      "OUT_SPLITS": out_splits, "IN_SPLITS": in_splits, "SCRATCH": scratch}, scratch
 
   most = 1 if groups >= cores else max(1, min(cores, outs // 16))
   made, sizes, scratch = way(PIECE, most)
