@@ -598,3 +598,16 @@ def test_a_run_keeps_its_split_and_goes_on_with_it(tmp_path, capsys):
   names = [f"p{i}.png" for i in range(COUNT)]
   write(tmp_path / "run/split.json", {"val_share": 0.2, "train": names[:5], "val": names[5:]})
   assert sizes(kept=tmp_path / "run") == [5, 5]
+
+
+def test_a_folder_that_is_no_data_set_is_told_of_once(tmp_path):
+  """Two faults are two lines."""
+  (tmp_path / "notes.txt").write_text("nothing here")
+  def told() -> list[str]:
+    with pytest.raises(UserError) as e: open_splits(parse(DetectionConfig, {}, ["--data", str(tmp_path)], {}), ALONE)
+    return str(e.value).splitlines()
+  line, = told()
+  assert "no data set with a split 'train'" in line and "notes.txt" in line
+  for name in ("train", "val"): write(tmp_path / f"annotations/instances_{name}2017.json", {"images": name})
+  first, second = told()
+  assert "instances_train2017.json" in first and "instances_val2017.json" in second

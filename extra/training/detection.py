@@ -108,6 +108,7 @@ def open_splits(config: DetectionConfig, ranks: Ranks, kept: Path | None = None)
     options = {"size": max(config.size), "count": count} if embedded else {"strict": config.strict, "images": config.images, "rule": rule}
     try: splits.append(open_dataset(data, name, **options))
     except UserError as e: wrong.append(str(e))
+  if wrong[1:] == [wrong[0].replace("train", "val") for _ in wrong[1:]]: wrong[1:] = []   # a folder that is no data set at all is told of once
   if wrong: raise UserError("\n".join(dict.fromkeys(wrong)))
   if config.train_images and not embedded: splits[0] = Subset(splits[0], config.train_images)
   train_set, val_set = splits[0], splits[-1]
