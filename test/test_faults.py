@@ -112,10 +112,10 @@ def shared_memory(pids):
   """The files in /dev/shm that these processes have mapped."""
   return {line.split()[5] for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
 
-
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.by_hand)])
 def test_signals(name, code, calm, data, tmp_path):
-  run = Run(tmp_path, data, "--save-steps", 100).reach(8)
+  # in a cache that knows of no graph there are processes to compile
+  run = Run(tmp_path, data, "--save-steps", 100, environment={"CACHEDB": f"{tmp_path}/cache.db"}).reach(8)
   workers, compilers = run.children("loader"), run.children("runtime.workers")
   assert workers and compilers and not shared_memory([run.process.pid, *workers, *compilers]), "nothing that has a name, and could be left"
   run.process.send_signal(getattr(signal, name))
@@ -128,7 +128,7 @@ def test_signals(name, code, calm, data, tmp_path):
 
 @pytest.mark.by_hand
 def test_sigterm_to_all_of_a_job(calm, data, tmp_path):
-  run = Run(tmp_path, data, "--save-steps", 100).reach(8)
+  run = Run(tmp_path, data, "--save-steps", 100, environment={"CACHEDB": f"{tmp_path}/cache.db"}).reach(8)
   everyone = [run.process.pid, *run.children("")]
   assert len(everyone) > 3, "loader and compilers"
   for pid in everyone: os.kill(pid, signal.SIGTERM)

@@ -12,13 +12,13 @@ from tinygrad import Tensor, UOp
 from tinydet.nn import depthwise_cpu, pointwise_cpu, strided_gradient_cpu, weight_gradient_cpu, winograd_cpu, winograd_gradient_cpu
 from tinydet.nn.kernel_cpu import LAY_OUT, LINEAR, SILU, WAYS, WITH_BIAS, WITHOUT_BIAS, Way, bands, c_kernel, divide, parts_of, run, shards, with_taps
 
-# Sums of DOWN output channels, PLANE numbers apart, at ACROSS vectors of the long axis from `start` on, over the taps from `tap`
-# to `end`: x the step from the place of the output, w the place in the weight.
+# Sums of DOWN output channels, PLANE numbers apart, at ACROSS vectors of the long axis from `start` on, over all taps: x the step from the place of
+# the output, w the place in the weight.
 TILE = """
 enum { VECTORS = WHOLE(COUNT, LANES), FEWER = WHOLE(VECTORS, ACROSS_MOST - 1) * (ACROSS_MOST - 1) < WHOLE(VECTORS, ACROSS_MOST) * ACROSS_MOST,
        ACROSS = LEAST(VECTORS, ACROSS_MOST > 2 && FEWER ? ACROSS_MOST - 1 : ACROSS_MOST), TILES = WHOLE(VECTORS, ACROSS),
        DOWN = LEAST(OUT, SUMS / ACROSS), BLOCKS = WHOLE(OUT, DOWN), AHEAD = TAPS > 1 ? 3 : 12 };
-static inline void tile(float *restrict to, const float *restrict in, const float *restrict w, long start, int tap, int end BIAS_PARAMETER) {
+static inline void tile(float *restrict to, const float *restrict in, const float *restrict w, long start BIAS_PARAMETER) {
   long at[ACROSS];
   UNROLLED (int v = 0; v < ACROSS; v++) at[v] = LEAST(start + v * LANES, COUNT - LANES);
   vector sum[DOWN][ACROSS];
@@ -26,7 +26,7 @@ static inline void tile(float *restrict to, const float *restrict in, const floa
   for (int i = 0; i < IN; i++, in += X_PLANE, w += W_IN) {
     // where a channel's weights lie far from the one's before, as in gradients, nothing foresees them
     if (W_IN > TAPS) UNROLLED (int k = 0; k < DOWN * W_OUT; k += 16) __builtin_prefetch(w + AHEAD * W_IN + k);
-    for (int t = tap; t < end; t++) {
+    for (int t = 0; t < TAPS; t++) {
       vector a[ACROSS];
       UNROLLED (int v = 0; v < ACROSS; v++) a[v] = *(const vector *)(in + taps[t].x + at[v]);
       // of a large plane the next tile has to be fetched: no processor foresees that it lies beside this one
@@ -57,7 +57,7 @@ void NAME(float *restrict out, const float *restrict x, const float *restrict we
     const int block = item % BLOCKS, group = item / BLOCKS % GROUPS;
     const long n = item / BLOCKS / GROUPS % TILES, b = item / BLOCKS / GROUPS / TILES, o = LEAST(block * DOWN, OUT - DOWN);
     tile(out + ((b * GROUPS + group) * OUT + o) * PLANE, x + (b * GROUPS + group) * IN * X_PLANE, weight + (long)group * OUT * IN * TAPS + o * W_OUT,
-         n * ACROSS * LANES, 0, TAPS BIAS_FROM(group * OUT + o));
+         n * ACROSS * LANES BIAS_FROM(group * OUT + o));
   }
 }
 """
@@ -76,7 +76,7 @@ void NAME(float *restrict out, float *restrict scratch, const float *restrict x,
     for (long i = 0; i < IN; i++) lay_out(mine + i * X_PLANE, x + (picture * IN + i) * HEIGHT * COLUMNS, top);
     for (long n = 0; n < TILES; n++) for (long block = BLOCKS * split / SPLITS; block < BLOCKS * (split + 1) / SPLITS; block++) {
       const long o = LEAST(block * DOWN, OUT - DOWN);
-      tile(out + (picture * OUT + o) * PLANE + top * WIDTH, mine, weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES, 0, TAPS
+      tile(out + (picture * OUT + o) * PLANE + top * WIDTH, mine, weight + (long)group * OUT * IN * TAPS + o * W_OUT, n * ACROSS * LANES
            BIAS_FROM(group * OUT + o));
     }
   }
