@@ -112,6 +112,7 @@ def shared_memory(pids):
   """The files in /dev/shm that these processes have mapped."""
   return {line.split()[5] for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line}
 
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.by_hand)])
 def test_signals(name, code, calm, data, tmp_path):
   # in a cache that knows of no graph there are processes to compile
