@@ -95,7 +95,10 @@ def test_the_processes_end_with_the_program_however_it_ends(tmp_path):
   program = ("import os, sys\nfrom tinydet.runtime.workers import Workers\nimport time\npool = Workers(2)\npool.result(pool.start(abs, 1))\n"
              "print(*(p.pid for p in pool.processes), flush=True)\nsys.stdin.read() and sys.exit(0)\nos.kill(os.getpid(), 9)")
   for words in ("end", ""):
-    done = subprocess.run([sys.executable, "-c", program], input=words, capture_output=True, text=True, check=False, timeout=60)
+    (files := tmp_path / f"files{words}").mkdir()
+    done = subprocess.run([sys.executable, "-c", program], input=words, capture_output=True, text=True, check=False, timeout=60,
+                          env=os.environ | {"TMPDIR": str(files)})
+    assert bool(list(files.iterdir())) == (not words), "only what is killed itself leaves a folder, an empty one"
     assert done.returncode == (0 if words else -9), done.stderr
     deadline = time.monotonic() + 10
     def alive(pid: str) -> bool: return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
@@ -103,16 +106,19 @@ def test_the_processes_end_with_the_program_however_it_ends(tmp_path):
     assert not any(map(alive, done.stdout.split()))
 
 
-def test_ctrl_c_while_a_kernel_compiles_ends_at_once():
+def test_ctrl_c_while_a_kernel_compiles_ends_at_once(tmp_path):
   program = ("from tests_slow import slow\nfrom tinydet.runtime.workers import Workers\nimport sys\npool = Workers(1)\n"
              "print('begun', flush=True)\npool.result(pool.start(slow, 60))")
   folder = Path(__file__).parent
   program = program.replace("from tests_slow import slow", f"import sys; sys.path.insert(0, {str(folder)!r}); from test_workers import slow")
-  process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+  process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                             env=os.environ | {"TMPDIR": str(tmp_path)})
   assert process.stdout.readline() == b"begun\n"
   time.sleep(0.5)
+  folder, = tmp_path.iterdir()
+  (folder / "0").write_text("of a kernel that is compiled")
   os.killpg(process.pid, signal.SIGINT)
-  assert process.wait(timeout=60) != 0
+  assert process.wait(timeout=60) != 0 and not list(tmp_path.iterdir()), "nothing is left behind"
   process.stdout.close()
 
 

@@ -2,7 +2,7 @@
 
 Python's `multiprocessing.Pool` waits for ever for what a killed process was at, and for the lock that it held. Here each process has a connection
 of its own, and a thread that hands it one task after another; what one was at when it died, the program does itself."""
-import atexit, contextlib, functools, itertools, multiprocessing, os, pickle, signal, subprocess, sys, threading, traceback
+import atexit, contextlib, functools, itertools, multiprocessing, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from multiprocessing.connection import Connection, Pipe
@@ -25,7 +25,11 @@ class Workers:
   def __init__(self, count: int):
     self.pid, self._tasks, self._lock, self._ending = os.getpid(), SimpleQueue(), threading.Lock(), False
     self._alive = count
-    begun = [_begin() for _ in range(count)]
+    self._folder = _folder()   # for their files, which outlive a process that is killed
+    try: begun = [_begin(self._folder) for _ in range(count)]
+    except OSError:
+      self._remove()
+      raise
     self.processes = [process for process, _ in begun]
     for place, (_, connection) in enumerate(begun):
       threading.Thread(target=self._attend, args=(place, connection), daemon=True, name="compiling").start()
@@ -65,6 +69,10 @@ class Workers:
     self._ending = True
     for process in self.processes: process.kill()
     for process in self.processes: process.wait()
+    self._remove()
+
+  def _remove(self) -> None:
+    if self._folder: shutil.rmtree(self._folder, ignore_errors=True)
 
   def close(self) -> None: self.terminate()
 
@@ -76,7 +84,7 @@ class Workers:
       if done and done % MOST_TASKS == 0:
         connection.close()
         process.wait()
-        process, connection = _begin()
+        process, connection = _begin(self._folder)
         self.processes[place] = process
       try: message = pickle.dumps(future.task)
       except Exception as e:
@@ -104,19 +112,25 @@ class Workers:
       if future.running() or future.set_running_or_notify_cancel(): future.set_exception(Died())
 
 
-def _begin() -> tuple[subprocess.Popen, Connection]:
+def _folder() -> str | None:
+  try: return tempfile.mkdtemp(prefix="tinydet-")
+  except OSError: return None
+
+
+def _begin(folder: str | None) -> tuple[subprocess.Popen, Connection]:
   ours, theirs = Pipe()
   program = f"from tinydet.runtime.workers import serve; serve({theirs.fileno()})"
   # A process group of its own: signals to the job are the program's to act on. It ends when its connection closes.
-  process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, **_environment()},
+  process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, **_environment(folder)},
                              stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0)
   theirs.close()
   return process, ours
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: str | None) -> dict[str, str]:
   """What a process needs to import what this one imports, and to find the same compiled kernels."""
-  return {"PYTHONPATH": os.pathsep.join(sys.path), "VIZ": "0", "TRACK_MATCH_STATS": "0"} | ({"CACHEDB": parts[1]} if (parts := _parts()) else {})
+  found = {"PYTHONPATH": os.pathsep.join(sys.path), "VIZ": "0", "TRACK_MATCH_STATS": "0"} | ({"CACHEDB": parts[1]} if (parts := _parts()) else {})
+  return found | ({"TMPDIR": folder} if folder else {})
 
 
 def _parts() -> tuple[Any, ...] | None:
