@@ -98,12 +98,11 @@ def test_the_processes_end_with_the_program_however_it_ends(tmp_path):
     (files := tmp_path / f"files{words}").mkdir()
     done = subprocess.run([sys.executable, "-c", program], input=words, capture_output=True, text=True, check=False, timeout=60,
                           env=os.environ | {"TMPDIR": str(files)})
-    assert bool(list(files.iterdir())) == (not words), "only what is killed itself leaves a folder, an empty one"
     assert done.returncode == (0 if words else -9), done.stderr
     deadline = time.monotonic() + 10
     def alive(pid: str) -> bool: return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
     while any(map(alive, done.stdout.split())) and time.monotonic() < deadline: time.sleep(0.05)
-    assert not any(map(alive, done.stdout.split()))
+    assert not any(map(alive, done.stdout.split())) and not list(files.iterdir()), "and nothing is left of their files"
 
 
 def test_ctrl_c_while_a_kernel_compiles_ends_at_once(tmp_path):

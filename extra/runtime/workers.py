@@ -119,7 +119,7 @@ def _folder() -> str | None:
 
 def _begin(folder: str | None) -> tuple[subprocess.Popen, Connection]:
   ours, theirs = Pipe()
-  program = f"from tinydet.runtime.workers import serve; serve({theirs.fileno()})"
+  program = f"from tinydet.runtime.workers import serve; serve({theirs.fileno()}, {folder!r})"
   # A process group of its own: signals to the job are the program's to act on. It ends when its connection closes.
   process = subprocess.Popen([sys.executable, "-P", "-c", program], env={**os.environ, **_environment(folder)},
                              stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0)
@@ -137,8 +137,8 @@ def _parts() -> tuple[Any, ...] | None:
   return take("tinygrad.helpers:PARALLEL", "tinygrad.helpers:CACHEDB", instead="kernels are compiled one after another")
 
 
-def serve(connection_file: int) -> None:
-  """The main function of a process: do tasks until the connection closes."""
+def serve(connection_file: int, folder: str | None) -> None:
+  """The main function of a process: do tasks until the connection closes. The program's `folder` goes then if it is empty: it may have been killed."""
   for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
     with contextlib.suppress(AttributeError): signal.signal(getattr(signal, name), signal.SIG_IGN)
   from tinygrad import Context, Device   # noqa: F401, while there is nothing to do
@@ -154,6 +154,7 @@ def serve(connection_file: int) -> None:
         try: answer = pickle.dumps((False, e))
         except Exception: answer = pickle.dumps((False, RuntimeError("".join(traceback.format_exception(e)))))
       connection.send_bytes(answer)
+  with contextlib.suppress(OSError, TypeError): os.rmdir(folder)
 
 
 _started: list[Workers | None] = []
