@@ -138,7 +138,7 @@ def _parts() -> tuple[Any, ...] | None:
 
 
 def serve(connection_file: int, folder: str | None) -> None:
-  """The main function of a process: do tasks until the connection closes. The program's `folder` goes then if it is empty: it may have been killed."""
+  """The main function of a process: do tasks until the connection closes. An empty `folder` goes then, as the program may have been killed."""
   for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
     with contextlib.suppress(AttributeError): signal.signal(getattr(signal, name), signal.SIG_IGN)
   from tinygrad import Context, Device   # noqa: F401, while there is nothing to do
