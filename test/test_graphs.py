@@ -1,5 +1,5 @@
 """The cache of captured graphs: what comes from it equals what was captured, in another process too, and nothing stale ever does."""
-import hashlib, os, pickle, subprocess, sys, threading, zlib
+import hashlib, os, pickle, sqlite3, subprocess, sys, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -367,3 +367,11 @@ def test_compiling_processes_begin_with_a_graph_of_a_new_kind(noted, monkeypatch
   noted.clear()
   run(trainer()[0])
   assert len(asked) == 2
+
+
+def test_a_kept_graph_needs_no_cache_of_kernels(monkeypatch, made):
+  """One that is broken, or may not be written: nothing is compiled, and what the graph took is not noted."""
+  first = run(trainer()[0])
+  def broken(*_): raise sqlite3.DatabaseError("file is not a database")
+  monkeypatch.setattr(workspace, "_parts", (broken, broken))
+  assert run(trainer()[0]) == first and len(made) == 1

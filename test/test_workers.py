@@ -88,7 +88,9 @@ def test_a_process_is_replaced_after_many_tasks(monkeypatch):
   first = pool.processes[0].pid
   assert [pool.result(pool.start(abs, -i)) for i in range(10)] == list(range(10))
   assert pool.processes[0].pid != first
+  assert Path(pool._folder).is_dir(), "the others go on in it"
   pool.terminate()
+  assert not Path(pool._folder).exists()
 
 
 def test_the_processes_end_with_the_program_however_it_ends(tmp_path):

@@ -82,6 +82,7 @@ class Workers:
       future = self._tasks.get()
       if not future.set_running_or_notify_cancel(): continue
       if done and done % MOST_TASKS == 0:
+        with contextlib.suppress(OSError): connection.send_bytes(b"")   # it is gone
         connection.close()
         process.wait()
         process, connection = _begin(self._folder)
@@ -138,14 +139,14 @@ def _parts() -> tuple[Any, ...] | None:
 
 
 def serve(connection_file: int, folder: str | None) -> None:
-  """The main function of a process: do tasks until the connection closes. An empty `folder` goes then, as the program may have been killed."""
+  """The main function of a process: do tasks until an empty one comes, or the connection closes. Then an empty `folder` goes, as the program may have
+  been killed."""
   for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
     with contextlib.suppress(AttributeError): signal.signal(getattr(signal, name), signal.SIG_IGN)
   from tinygrad import Context, Device   # noqa: F401, while there is nothing to do
   connection = Connection(connection_file)
   with contextlib.suppress(EOFError, OSError), Context(ALLOW_DEVICE_USAGE=0):   # devices are the program's
-    while True:
-      task = connection.recv_bytes()
+    while task := connection.recv_bytes():
       try:
         function, argument = pickle.loads(task)
         answer = pickle.dumps((True, function(argument)))
@@ -154,7 +155,9 @@ def serve(connection_file: int, folder: str | None) -> None:
         try: answer = pickle.dumps((False, e))
         except Exception: answer = pickle.dumps((False, RuntimeError("".join(traceback.format_exception(e)))))
       connection.send_bytes(answer)
-  with contextlib.suppress(OSError, TypeError): os.rmdir(folder)
+    return
+  if folder:
+    with contextlib.suppress(OSError): os.rmdir(folder)
 
 
 _started: list[Workers | None] = []

@@ -2,7 +2,7 @@
 
 A system gives memory page by page, when it is first touched; a gigabyte takes half a second so, in a virtual machine a whole one. Tracing leaves a
 core idle meanwhile. So as much is touched beside it as the last graph of its kind took."""
-import threading
+import contextlib, sqlite3, threading
 from collections import Counter
 import numpy as np
 from tinygrad import UOp, dtypes
@@ -21,8 +21,9 @@ class Workspace:
   in `shared`, where they are taken from if they are large enough. `kind` says what graph it is; `device` is its one, if that is a CPU."""
   def __init__(self, shared: dict[tuple, UOp], kind: str, device: str | None):
     self.shared, self.kind, self.count = shared, kind, Counter()
-    self.size = _parts[0]("tinydet_memory", kind) if _parts else None   # in bytes, of the last graph of this kind; None where none was noted
-    self.ready = None
+    self.size = self.ready = None   # the size in bytes of the last graph of this kind; None where none was noted
+    if _parts:
+      with contextlib.suppress(sqlite3.Error): self.size = _parts[0]("tinydet_memory", kind)   # a cache that is broken or read only costs speed
     if device is None or self.size is None or self.size < LEAST or (device, 1) in shared: return
     self.ready = UOp.new_buffer(device, self.size, dtypes.char)
     self.touching = threading.Thread(target=_touch, args=(self.ready,), name="touching memory")
@@ -31,7 +32,8 @@ class Workspace:
   def __call__(self, device: str | tuple[str, ...], size: int, dtype: DType) -> UOp:
     self.count[device] += 1
     at, first = (device, self.count[device]), self.count.total() == 1
-    if first and _parts and size != self.size: _parts[1]("tinydet_memory", self.kind, size)
+    if first and _parts and size != self.size:
+      with contextlib.suppress(sqlite3.Error): _parts[1]("tinydet_memory", self.kind, size)
     if at not in self.shared or self.shared[at].max_numel() < size:
       touched = self._touched(size, dtype) if first else None
       self.shared[at] = UOp.new_buffer(device, size, dtype) if touched is None else touched
